@@ -1,0 +1,1 @@
+"""Trinity's trainer: records in, a verified GGUF release out. `python -m trainer --help` is the way in."""
