@@ -165,6 +165,8 @@ def publish(target: Path, label: Label, hashes: Hashes, *, resume: bool = False)
     if not (resume and draft_label(target) == label):
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
+    for torn in partial.glob("*.new"):
+        torn.unlink()
     write_whole(partial / DRAFT, label.model_dump_json().encode())
     draft = Draft(partial)
     yield draft

@@ -1,0 +1,124 @@
+"""Kill -9 a stage at random moments: nothing that reads as whole may be torn, and the next run must finish.
+
+    python -m bench.soak --case train_kills --trials 100          # resumable: counts go on where they stopped
+    python -m bench.soak --case export_kills --seconds 60 --at-least 5
+
+A trial forks from this process, which has imported torch and its friends but never run them (a fork of a process with live
+thread pools hangs), so that it costs seconds less than a start from nothing. Preset `tiny`, whose stages take a few seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import rows
+from trainer import artifacts, pipeline
+from trainer.config import Config, load
+from trainer.errors import ArtifactError
+
+CASES = {"train_kills": "train", "export_kills": "export"}
+
+
+class Tally(NamedTuple):
+    trials: int
+    torn: int
+    failed: int
+    """Runs after a kill that did not finish by themselves."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=sorted(CASES), required=True)
+    parser.add_argument("--trials", type=int, default=100, help="stop after so many kills, those of earlier calls included")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, but not before --at-least")
+    parser.add_argument("--at-least", type=int, default=0)
+    parser.add_argument("--dir", type=Path, default=Path("output/soak"))
+    parser.add_argument("--record", action="store_true", help="append the row to bench/results/soak.jsonl")
+    options = parser.parse_args(arguments)
+    _import_heavy()
+    tally = kill_repeatedly(options.case, options.dir / options.case, options.trials, options.seconds, options.at_least)
+    print(f"{options.case}: {tally.trials} kills, {tally.torn} torn, {tally.failed} failed")
+    if options.record:
+        rows.append("soak", who="ours", work={"case": options.case, "preset": "tiny"}, metrics={**tally._asdict(), "lost": 0})
+    return 0 if tally.torn == tally.failed == 0 and tally.trials >= options.at_least else 1
+
+
+def kill_repeatedly(case: str, directory: Path, trials: int, seconds: float, at_least: int) -> Tally:
+    """Kill `trials` runs of the case's stage, or as many as fit into `seconds` (but at least `at_least`)."""
+    stage = CASES[case]
+    state = directory / "tally.json"
+    tally = Tally(**json.loads(state.read_text())) if state.is_file() else Tally(0, 0, 0)
+    dice = random.Random(tally.trials)
+    _, undisturbed_s = _in_fork(lambda: _run(_config(directory, stage, -1), stage), None)
+    started, done = time.monotonic(), 0
+    while tally.trials < trials and (done < at_least or time.monotonic() - started < seconds):
+        cfg = _config(directory, stage, tally.trials)
+        _in_fork(lambda cfg=cfg: _run(cfg, stage), dice.uniform(0.05, 1.0) * undisturbed_s)
+        torn = not _whole_or_absent(cfg, stage)
+        code, _ = _in_fork(lambda cfg=cfg: _run(cfg, stage), None) if done % 5 == 4 else (0, 0.0)
+        tally = Tally(tally.trials + 1, tally.torn + torn, tally.failed + (code != 0))
+        artifacts.write_whole(state, json.dumps(tally._asdict()).encode())
+        done += 1
+        print(f"{case} {tally.trials}: {'TORN' if torn else 'whole or absent'}", flush=True)
+    return tally
+
+
+def _config(directory: Path, stage: str, trial: int) -> Config:
+    """Every trial has a key of its own in the stage that is killed, so that it has work to do."""
+    change = {"train": f"train.seed={1000 + trial // 5}", "export": f"export.sampling.num_predict={1000 + trial}"}[stage]
+    return load("tiny", [change, f"paths.output={directory}", f"paths.cache={directory / 'cache'}"])
+
+
+def _run(cfg: Config, stage: str) -> None:
+    pipeline.run(cfg, stage, None)
+
+
+def _whole_or_absent(cfg: Config, stage: str) -> bool:
+    """Reads every stage's directory as the next command would, without any memory of hashes."""
+    with artifacts.lock(cfg.run_dir):
+        artifacts.recover(cfg.run_dir)
+        hashes = artifacts.Hashes(cfg.run_dir / "no-memo.json")
+        try:
+            for item in pipeline.order(stage):
+                artifacts.read(cfg.run_dir / item.name, item.facts, hashes)
+        except ArtifactError as error:
+            print(error, file=sys.stderr)
+            return False
+    return True
+
+
+def _in_fork(work: Callable[[], None], kill_after_s: float | None) -> tuple[int, float]:
+    """Run `work` in a fork; kill it after a while, or wait. Returns its exit code (negative: signal) and the time it took."""
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - started
+
+
+def _import_heavy() -> None:
+    for name in ("torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"):
+        __import__(name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import worker
+from trainer.config import load
+from trainer.errors import DoesNotFitError, TrainerError
+from trainer.facts import PlanFacts
+
+
+def job(out: Path, *settings: str) -> worker.Job:
+    out.mkdir()
+    return worker.Job(stage="plan", config=load("tiny", settings), inputs={}, out=out)
+
+
+def test_a_child_returns_the_same_facts_as_this_process(tmp_path: Path) -> None:
+    call = worker.Caller(os.environ)
+    assert call(job(tmp_path / "a"), PlanFacts) == worker.in_process(job(tmp_path / "b"), PlanFacts)
+
+
+def test_an_error_of_the_child_arrives_as_the_same_leaf_with_all_its_problems(tmp_path: Path) -> None:
+    impossible = ("plan.vram_gb=0.001", "model.device=cuda")
+    with pytest.raises(DoesNotFitError) as there:
+        worker.Caller(os.environ)(job(tmp_path / "a", *impossible), PlanFacts)
+    with pytest.raises(DoesNotFitError) as here:
+        worker.in_process(job(tmp_path / "b", *impossible), PlanFacts)
+    assert there.value.problems == here.value.problems
+
+
+def test_every_leaf_of_the_tree_has_a_documented_exit_code() -> None:
+    leaves = [leaf for leaf in TrainerError.__subclasses__()]
+    assert {leaf.exit_code for leaf in leaves} == {2, 3, 4, 5, 6, 130}
+
+
+def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    """The parent starts a child that arms itself and sleeps; the parent is killed; the child must be gone within seconds."""
+    child_code = f"import os, time; from trainer import worker; worker._die_with_parent(os.getppid()); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent_code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child_code!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", parent_code])
+    pid_file = tmp_path / "pid"
+    _wait(lambda: pid_file.is_file() and pid_file.read_text() != "")
+    pid = int(pid_file.read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _wait(lambda: not _running(pid))
+
+
+def _running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait(condition: object) -> None:
+    for _ in range(200):
+        if condition():  # type: ignore[operator]
+            return
+        time.sleep(0.05)
+    raise TimeoutError

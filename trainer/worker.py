@@ -1,0 +1,174 @@
+"""One stage in one child process, so that the parent never imports torch and a crash there is a typed result here.
+
+The parent writes `job.json`, starts `python -m trainer.worker job.json` and reads `outcome.json`, which the child writes
+whole as its last act. A child that is gone without one has crashed. The child dies with its parent (PR_SET_PDEATHSIG), and
+it inherits the run's lock, so that a second trainer cannot start while it still writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+import trainer.errors
+from trainer.artifacts import RECORD, Record, write_whole
+from trainer.config import Config
+from trainer.errors import Interrupted, OutOfMemoryError, StoppedError, TrainerError
+from trainer.facts import Facts
+
+F = TypeVar("F", bound=Facts)
+
+PATIENCE_S = 120.0
+"""How long an interrupted child may take to write its last checkpoint."""
+
+
+class Job(BaseModel):
+    """A stage to run. It is also the stage's Inputs: the published directories and what they measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    config: Config
+    inputs: dict[str, Path]
+    """Published directories by stage name."""
+    out: Path
+
+    def path(self, stage: str) -> Path:
+        return self.inputs[stage]
+
+    def facts(self, kind: type[F]) -> F:
+        stage = kind.__name__.removesuffix("Facts").lower()
+        record = Record.model_validate_json((self.inputs[stage] / RECORD).read_bytes())
+        return kind.model_validate(record.facts)
+
+    def run(self) -> Facts:
+        """Run the stage in this process."""
+        facts: Facts = importlib.import_module(f"trainer.stages.{self.stage}").run(self.config, self, self.out)
+        return facts
+
+
+class Outcome(BaseModel):
+    """What outcome.json says: facts of a finished stage, or the TrainerError that ended it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: Literal["done", "failed"]
+    facts: dict[str, Any] = {}
+    error: str = ""
+    problems: list[str] = []
+
+
+def in_process(job: Job, kind: type[F]) -> F:
+    """Run the job here. For stages that need no torch, and for tests that fork."""
+    facts = job.run()
+    assert isinstance(facts, kind)
+    return facts
+
+
+class Caller:
+    """Runs jobs in child processes with the given environment. `keep` are descriptors a child inherits (the run's lock)."""
+
+    def __init__(self, environment: Mapping[str, str], keep: tuple[int, ...] = ()) -> None:
+        self._environment = dict(environment)
+        self._keep = keep
+
+    def __call__(self, job: Job, kind: type[F]) -> F:
+        """Run the job in a child and return its facts.
+
+        Raises:
+            TrainerError: the leaf that ended the child; Interrupted on Ctrl-C or SIGTERM; StoppedError when it was killed.
+        """
+        with tempfile.TemporaryDirectory(prefix="trinity-") as scratch:
+            file = Path(scratch) / "job.json"
+            file.write_text(job.model_dump_json(), encoding="utf-8")
+            command = [sys.executable, "-m", "trainer.worker", str(file), str(os.getpid())]
+            child = subprocess.Popen(command, env=self._environment, pass_fds=self._keep)
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                _end(child)
+                raise Interrupted(_how_to_go_on(job)) from None
+            return _facts(job, kind, Path(scratch) / "outcome.json", child.returncode)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.wait(PATIENCE_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C means now
+        child.kill()
+        child.wait()
+
+
+def _facts(job: Job, kind: type[F], report: Path, returncode: int) -> F:
+    if not report.is_file():
+        if returncode == -signal.SIGKILL:
+            raise StoppedError(f"{job.stage} was killed from outside, most likely because the machine ran out of memory; {_how_to_go_on(job)}")
+        raise RuntimeError(f"the worker of {job.stage} ended with code {returncode} and no outcome; its own words stand above")
+    outcome = Outcome.model_validate_json(report.read_bytes())
+    if outcome.status == "failed":
+        error: TrainerError = getattr(trainer.errors, outcome.error)(*outcome.problems)
+        raise error
+    return kind.model_validate(outcome.facts)
+
+
+def _how_to_go_on(job: Job) -> str:
+    return f"interrupted in {job.stage}; what is finished is kept, the same command goes on from there"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The one place that knows which exceptions mean that the card's memory ran out."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(error).__mro__}
+    return bool(names & {"torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"}) or "CUDA out of memory" in str(error)
+
+
+def _run(job: Job) -> Outcome:
+    try:
+        return Outcome(status="done", facts=job.run().model_dump(mode="json"))
+    except TrainerError as error:
+        return Outcome(status="failed", error=type(error).__name__, problems=list(error.problems))
+    except KeyboardInterrupt:
+        return Outcome(status="failed", error="Interrupted", problems=[_how_to_go_on(job)])
+    except MemoryError:
+        return Outcome(status="failed", error="StoppedError", problems=[f"{job.stage}: the machine's memory ran out; close other programs or lower data.max_tokens"])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "lower data.max_tokens, then adapter.rank (python -m trainer plan shows what fits)"
+        return Outcome(status="failed", error=OutOfMemoryError.__name__, problems=[f"{job.stage}: the card's memory ran out: {error}", remedy])
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m trainer.worker job.json PARENT_PID`"""
+    _die_with_parent(int(arguments[1]))
+    signal.signal(signal.SIGTERM, _interrupt)
+    file = Path(arguments[0])
+    job = Job.model_validate_json(file.read_bytes())
+    write_whole(file.with_name("outcome.json"), _run(job).model_dump_json().encode())
+    return 0
+
+
+def _die_with_parent(parent: int) -> None:
+    """SIGTERM when the parent dies (Linux prctl(2), PR_SET_PDEATHSIG = 1): an orphan would go on writing."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the call above
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
