@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import gemma3
+from trainer.config import Config, Model, load
+from trainer.errors import DoesNotFitError, ModelError
+from trainer.facts import PlanFacts
+from trainer.stages import plan
+from trainer.worker import Job
+
+
+def run(cfg: Config, out: Path) -> PlanFacts:
+    return plan.run(cfg, Job(stage="plan", config=cfg, inputs={}, out=out), out)
+
+
+def test_the_product_does_not_fit_a_t4_today_and_the_refusal_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        run(load("gemma3-12b-t4"), tmp_path)
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "needs 18.39 GB, the T4 has 15.83 GB, 2.56 GB are missing" in message
+    assert "attention scores, 4.29 GB (data.max_tokens)" in message
+    assert "--set data.max_tokens=2304" in message
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert not written["fits"]
+    assert written["remedies"][0]["setting"] == "data.max_tokens=2304"
+    assert "attention scores                 4.29 GB  ██" in capsys.readouterr().out
+
+
+def test_it_fits_once_the_first_remedy_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run(load("gemma3-12b-t4", ["data.max_tokens=2304"]), tmp_path)
+    assert facts.fits
+    assert "fits: " in capsys.readouterr().out
+
+
+def test_terms_sum_to_what_is_needed_and_plan_json_holds_the_facts(tmp_path: Path) -> None:
+    facts = run(load("tiny"), tmp_path)
+    assert sum(facts.terms.values()) == facts.needed_bytes
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert {name: written[name] for name in PlanFacts.model_fields} == facts.model_dump()
+
+
+def test_a_directory_is_read_and_is_a_source_of_the_plan(tmp_path: Path) -> None:
+    config_json = tmp_path / "config.json"
+    config_json.write_text(json.dumps(gemma3.SIZES["1b"].to_config("bfloat16")))
+    cfg = load("gemma3-270m-cpu", [f"model.name={tmp_path}"])
+    assert plan.model_size(cfg.model) == gemma3.SIZES["1b"]
+    assert plan.sources(cfg) == {"model": config_json}
+    assert plan.download_bytes(cfg.model, gemma3.SIZES["1b"]) == 0
+    assert plan.sources(load("tiny")) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("unsloth/gemma-3-12b-it", "12b"),
+        ("google/gemma-3-4b-pt", "4b"),
+        ("unsloth/gemma-3-27b-it-bnb-4bit", "27b"),
+        ("google/gemma-3-1b-it", "1b"),
+        ("embedded:gemma-3-270m", "270m"),
+        ("random:tiny", "tiny"),
+    ],
+)
+def test_names_say_their_size_without_a_network(name: str, size: str) -> None:
+    assert plan.model_size(Model(name=name)) == gemma3.SIZES[size]
+
+
+def test_a_name_that_says_no_size_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ModelError, match=r"'me/my-model'.*name its directory"):
+        plan.model_size(Model(name="me/my-model"))
+
+
+def test_the_download_counts_the_vision_tower_of_the_multimodal_sizes() -> None:
+    twelve = plan.download_bytes(Model(), gemma3.SIZES["12b"])
+    assert twelve == pytest.approx(24.37e9, rel=0.001)
+    assert plan.download_bytes(Model(name="google/gemma-3-1b-it"), gemma3.SIZES["1b"]) == 2 * gemma3.SIZES["1b"].num_parameters
+
+
+def test_a_containers_limit_is_the_machines_memory(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    assert plan.host_bytes(limit) > 0
+    limit.write_text("1000000000\n")
+    assert plan.host_bytes(limit) == 1_000_000_000
+    limit.write_text("max\n")
+    assert plan.host_bytes(limit) == plan.host_bytes(tmp_path / "absent")
+
+
+def test_planning_takes_less_than_a_second_and_imports_no_torch() -> None:
+    script = (
+        "import sys, tempfile, pathlib; from trainer.config import load; from trainer.stages import plan;"
+        "plan.run(load('tiny'), None, pathlib.Path(tempfile.mkdtemp()));"
+        "assert not {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert time.monotonic() - started < 5  # 0.5 s on an idle machine; CI's are shared
