@@ -1,0 +1,272 @@
+"""The embedded engine: llama.cpp in a child process, started again when it dies. Knows llama.cpp's wire format.
+
+The gateway renders the turns itself (server/conversation.py) and sends token ids, so neither llama.cpp's template engine
+nor its choice of special tokens has a say. A crash there ends the answers in flight with an EngineError, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import secrets
+import sys
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from server import conversation
+from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
+from server.engines import Status, probes
+from server.errors import EngineError, PromptTooLong, SetupError
+from server.manifest import Release
+
+log = logging.getLogger(__name__)
+
+CHILD = Path(__file__).with_name("llamacpp_child.py")
+PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Before the next start of a child that died; the last one for ever after."""
+
+
+class Child:
+    """One llama.cpp process with one model."""
+
+    def __init__(self, release: Release, slots: int, threads: int) -> None:
+        self.release = release
+        self.num_ctx = release.manifest.prompt.num_ctx
+        self.address = ""
+        self.key = secrets.token_hex(16)
+        self._settings = {"gguf": str(release.gguf), "num_ctx": self.num_ctx, "slots": slots, "threads": threads, "key": self.key}
+        self._process: asyncio.subprocess.Process | None = None
+        self._lines: deque[str] = deque(maxlen=20)
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.address) and self._process is not None and self._process.returncode is None
+
+    async def start(self, timeout_s: float) -> None:
+        """Start the process and wait until the model is loaded. Raises EngineError with llama.cpp's last words."""
+        pipe = asyncio.subprocess.PIPE
+        # -P: this file's directory must not come before the packages it imports. A session of its own: Ctrl-C is for the gateway.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", str(CHILD), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        )
+        self._reader = asyncio.create_task(self._read_log())
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(self._settings).encode() + b"\n")
+            async with asyncio.timeout(timeout_s):
+                line = await self._process.stdout.readline()
+        except (TimeoutError, BrokenPipeError, ConnectionResetError):
+            line = b""
+        if not line:
+            await self.close()
+            raise EngineError(f"llama.cpp did not load {self.release.gguf}: {self.last_words}")
+        self.address = json.loads(line)["address"]
+
+    async def wait(self) -> int:
+        assert self._process
+        return await self._process.wait()
+
+    async def close(self) -> None:
+        if self._process is None:
+            return
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            async with asyncio.timeout(2):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        if self._reader:
+            await self._reader
+
+    @property
+    def last_words(self) -> str:
+        return " | ".join(list(self._lines)[-3:]) or "it said nothing"
+
+    async def _read_log(self) -> None:
+        assert self._process and self._process.stderr
+        async for line in self._process.stderr:
+            self._lines.append(line.decode("utf-8", "replace").rstrip())
+
+
+class EmbeddedEngine:
+    def __init__(self, slots: int, threads: int, start_timeout_s: float) -> None:
+        self.slots = slots
+        self._threads = threads
+        self._start_timeout_s = start_timeout_s
+        # Time-outs belong to admission; only connecting may not hang.
+        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
+        self._child: Child | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._loading = asyncio.Lock()
+
+    async def check(self) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise SetupError("the embedded engine needs the package xllamacpp: pip install 'trinity[demo]', or take --engine ollama")
+
+    async def load(self, release: Release) -> str:
+        async with self._loading:
+            if self._child and self._child.alive and self._child.release == release:
+                return release.sha256
+            child = Child(release, self.slots, self._threads)
+            try:
+                await child.start(self._start_timeout_s)
+                await probes.check(_Alone(self, child), release.model, release)
+            except BaseException:
+                await child.close()
+                raise
+            await self._retire()
+            self._child = child
+            self._keeper = asyncio.create_task(self._keep(child))
+            return release.sha256
+
+    async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
+        async with aclosing(self.answer(self._living(model), request)) as events:
+            async for event in events:
+                yield event
+
+    async def answer(self, child: Child, request: ChatRequest) -> AsyncGenerator[Event]:
+        """One answer of one child. Raises PromptTooLong, or EngineError when the child fails or dies."""
+        try:
+            ids = await self._tokenize(child, conversation.render(request.messages))
+            if len(ids) >= child.num_ctx:
+                raise PromptTooLong(len(ids), child.num_ctx)
+            call = self._http.stream("POST", f"{child.address}/completion", json=_completion(ids, request), headers=_auth(child))
+            async with call as response:
+                if response.status_code != 200:
+                    raise EngineError(f"llama.cpp answers {response.status_code}: {(await response.aread()).decode()[:300]}")
+                async for line in response.aiter_lines():
+                    for event in _events(line):
+                        yield event
+                        if isinstance(event, Finish):
+                            return
+        except httpx2.HTTPError as error:
+            raise EngineError("llama.cpp broke off its answer; it is being started again") from error
+        raise EngineError("llama.cpp's answer ended before its end")
+
+    async def render(self, model: str, messages: Sequence[Message]) -> str:
+        return conversation.render(messages)
+
+    async def status(self, model: str) -> Status:
+        child = self._child
+        if child is None or child.release.model != model:
+            return Status(False, "", f"{model} is not loaded")
+        detail = "llama.cpp in a child process" if child.alive else "llama.cpp died and is being started again"
+        return Status(child.alive, child.release.sha256 if child.alive else "", detail)
+
+    async def unload(self, model: str) -> None:
+        if self._child and self._child.release.model == model:
+            await self._retire()
+
+    async def close(self) -> None:
+        await self._retire()
+        await self._http.aclose()
+
+    def _living(self, model: str) -> Child:
+        if self._child is None or self._child.release.model != model:
+            raise EngineError(f"{model} is not loaded")
+        if not self._child.alive:
+            raise EngineError("llama.cpp died and is being started again: try again in a moment")
+        return self._child
+
+    async def _tokenize(self, child: Child, prompt: str) -> list[int]:
+        """With <bos>, and the turn markers as the single tokens they are."""
+        body = {"content": prompt, "add_special": True, "parse_special": True}
+        response = await self._http.post(f"{child.address}/tokenize", json=body, headers=_auth(child))
+        if response.status_code != 200:
+            raise EngineError(f"llama.cpp answers {response.status_code}: {response.text[:300]}")
+        ids: list[int] = response.json()["tokens"]
+        return ids
+
+    async def _keep(self, child: Child) -> None:
+        """Start the child again whenever it dies, with growing pauses while it dies at once."""
+        deaths = 0
+        while True:
+            began = asyncio.get_running_loop().time()
+            code = await child.wait()
+            deaths = deaths + 1 if asyncio.get_running_loop().time() - began < 60 else 0
+            log.error("llama.cpp died (exit code %s) and is being started again: %s", code, child.last_words)
+            await asyncio.sleep(PAUSES_S[min(deaths, len(PAUSES_S) - 1)])
+            await child.close()
+            child = Child(child.release, self.slots, self._threads)
+            self._child = child
+            try:
+                await child.start(self._start_timeout_s)
+                log.warning("llama.cpp is back")
+            except EngineError as error:
+                log.error("%s", error)
+
+    async def _retire(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        child, self._child = self._child, None
+        if child:
+            await child.close()
+
+
+class _Alone:
+    """A child that is not in service yet, for its probes."""
+
+    def __init__(self, engine: EmbeddedEngine, child: Child) -> None:
+        self._engine = engine
+        self._child = child
+
+    def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
+        return self._engine.answer(self._child, request)
+
+    async def render(self, model: str, messages: Sequence[Message]) -> str:
+        return conversation.render(messages)
+
+
+def _auth(child: Child) -> dict[str, str]:
+    return {"Authorization": f"Bearer {child.key}"}
+
+
+def _completion(ids: Sequence[int], request: ChatRequest) -> dict[str, Any]:
+    body = {
+        "prompt": list(ids),
+        "n_predict": request.max_tokens,
+        "temperature": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "repeat_penalty": request.repeat_penalty,
+        "stop": list(request.stop),
+        "stream": True,
+        "cache_prompt": True,
+    }
+    return body if request.seed is None else {**body, "seed": request.seed}
+
+
+def _events(line: str) -> list[Event]:
+    """One line of llama.cpp's stream."""
+    if not line.strip():
+        return []
+    name, _, value = line.partition(": ")
+    if name == "error":
+        raise EngineError(f"llama.cpp: {value[:300]}")
+    if name != "data":
+        return []
+    tree = json.loads(value)
+    if "error" in tree:
+        raise EngineError(f"llama.cpp: {tree['error'].get('message', tree['error'])}")
+    events: list[Event] = [Delta(tree["content"])] if tree.get("content") else []
+    if tree.get("stop"):
+        usage = Usage(tree["tokens_evaluated"], tree["tokens_predicted"])
+        events.append(Finish("length" if tree.get("stop_type") == "limit" else "stop", usage))
+    return events

@@ -1,0 +1,193 @@
+"""A running Ollama: its native /api/chat, since its OpenAI endpoint overrides sampling and loses errors in mid-stream.
+
+Answers go over httpx2; the rare admin calls over Ollama's own package. Ollama checks and counts nothing by itself, so:
+`truncate` and `shift` are off (else a long prompt is cut silently), a stream without `done` is an error (Ollama has no
+other sign for its own death), and nothing that reloads the model (num_ctx and such) ever goes into a request.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import ollama
+
+from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
+from server.engines import Status, probes
+from server.errors import EngineError, PromptTooLong, SetupError
+from server.manifest import Prompt, Release
+
+OLDEST = (0, 31, 2)
+"""Older ones have CVE-2026-7482 (memory read through a GGUF, fixed in 0.17.1) or allocate without bound (fixed in 0.31.2)."""
+ADMIN_TIMEOUT_S = 600.0
+"""For creating and copying a model: minutes, for a 12B on a slow disk."""
+CHUNK_BYTES = 1 << 20
+
+
+class OllamaEngine:
+    def __init__(self, url: str, slots: int) -> None:
+        self.slots = slots
+        self.url = url.rstrip("/")
+        # Time-outs belong to admission; only connecting may not hang.
+        self._http = httpx2.AsyncClient(base_url=self.url, timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
+        self._admin = ollama.AsyncClient(host=self.url, timeout=ADMIN_TIMEOUT_S, trust_env=False)
+        self._digests: dict[str, str] = {}
+
+    async def check(self) -> None:
+        try:
+            response = await self._http.get("/api/version", timeout=5.0)
+            version = str(response.json()["version"])
+        except (httpx2.HTTPError, ValueError, KeyError) as error:
+            raise SetupError(
+                f"no Ollama answers at {self.url} ({error or type(error).__name__}): start it with `ollama serve`, "
+                "name another place with --ollama-url, or take --engine embedded"
+            ) from error
+        if _numbers(version) < OLDEST:
+            raise SetupError(f"Ollama {version} at {self.url} has known holes: update it to {'.'.join(map(str, OLDEST))} or newer")
+
+    async def load(self, release: Release) -> str:
+        """Upload what is missing, create NAME:RELEASE, put its probes to it, and only then move NAME:latest."""
+        try:
+            await self._upload(release.gguf, release.sha256)
+            await self._create(release)
+            await probes.check(self, release.model, release)
+            await self._admin.copy(release.model, f"{release.manifest.name}:latest")
+        except (ollama.ResponseError, httpx2.HTTPError, ConnectionError) as error:
+            raise EngineError(f"Ollama at {self.url} did not take {release.model}: {error or type(error).__name__}") from error
+        self._digests[release.model] = await self._digest(release.model)
+        return self._digests[release.model]
+
+    async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
+        body = {**_body(model, request.messages), "stream": True, "options": _options(request)}
+        try:
+            async with self._http.stream("POST", "/api/chat", json=body) as response:
+                if response.status_code != 200:
+                    raise _failure((await response.aread()).decode("utf-8", "replace"), response.status_code)
+                async for line in response.aiter_lines():
+                    for event in _events(line):
+                        yield event
+                        if isinstance(event, Finish):
+                            return
+        except httpx2.HTTPError as error:
+            raise EngineError(f"Ollama at {self.url} broke off or is not there: {error or type(error).__name__}") from error
+        raise EngineError("Ollama's answer ended without its end")
+
+    async def render(self, model: str, messages: Sequence[Message]) -> str:
+        try:
+            response = await self._http.post("/api/chat", json={**_body(model, messages), "stream": False, "_debug_render_only": True})
+        except httpx2.HTTPError as error:
+            raise EngineError(f"Ollama at {self.url} is not there: {error or type(error).__name__}") from error
+        if response.status_code != 200:
+            raise _failure(response.text, response.status_code)
+        rendered: str = response.json()["_debug_info"]["rendered_template"]
+        return rendered
+
+    async def status(self, model: str) -> Status:
+        try:
+            version = (await self._http.get("/api/version", timeout=5.0)).json()["version"]
+            digest = await self._digest(model)
+        except (httpx2.HTTPError, ollama.ResponseError, ConnectionError, ValueError, KeyError) as error:
+            return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
+        if not digest or digest != self._digests.get(model, digest):
+            return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded")
+        return Status(True, digest, f"Ollama {version} at {self.url}")
+
+    async def unload(self, model: str) -> None:
+        await self._admin.generate(model, keep_alive=0)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+        await self._admin.close()  # type: ignore[no-untyped-call]  # not annotated there
+
+    async def _upload(self, gguf: Path, sha256: str) -> None:
+        path = f"/api/blobs/sha256:{sha256}"
+        if (await self._http.head(path)).status_code == 200:
+            return
+        response = await self._http.post(path, content=_chunks(gguf), headers={"Content-Length": str(gguf.stat().st_size)})
+        if response.status_code not in (200, 201):
+            raise _failure(response.text, response.status_code)
+
+    async def _create(self, release: Release) -> None:
+        """A broken GGUF is answered with HTTP 200 and an error in the last line, hence read to the word success."""
+        prompt = release.manifest.prompt
+        last = ""
+        steps = await self._admin.create(
+            release.model,
+            files={"model.gguf": f"sha256:{release.sha256}"},
+            template=prompt.template,
+            parameters=_parameters(prompt),
+            stream=True,
+        )
+        async for step in steps:
+            last = step.status or last
+        if last != "success":
+            raise EngineError(f"Ollama stopped creating {release.model} at {last!r}")
+
+    async def _digest(self, model: str) -> str:
+        listed = await self._admin.list()
+        return next((item.digest or "" for item in listed.models if item.model == model), "")
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _body(model: str, messages: Sequence[Message]) -> dict[str, Any]:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    return {"model": model, "messages": turns, "truncate": False, "shift": False, "keep_alive": -1}
+
+
+def _options(request: ChatRequest) -> dict[str, Any]:
+    options = {
+        "num_predict": request.max_tokens,
+        "temperature": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "repeat_penalty": request.repeat_penalty,
+        "stop": list(request.stop),
+    }
+    return options if request.seed is None else {**options, "seed": request.seed}
+
+
+def _parameters(prompt: Prompt) -> dict[str, Any]:
+    """As in the release's Modelfile, for those who talk to Ollama without the gateway."""
+    return {"stop": list(prompt.stop), "num_ctx": prompt.num_ctx, **prompt.sampling.model_dump()}
+
+
+def _events(line: str) -> list[Event]:
+    """One line of Ollama's stream."""
+    if not line.strip():
+        return []
+    tree = json.loads(line)
+    if "error" in tree:
+        raise _failure(line, 500)
+    text = tree.get("message", {}).get("content", "")
+    events: list[Event] = [Delta(text)] if text else []
+    if tree.get("done"):
+        if tree.get("done_reason") not in ("stop", "length"):
+            raise EngineError(f"Ollama ended the answer because of {tree.get('done_reason')!r}")
+        events.append(Finish(tree["done_reason"], Usage(tree.get("prompt_eval_count", 0), tree.get("eval_count", 0))))
+    return events
+
+
+def _failure(text: str, status: int) -> EngineError | PromptTooLong:
+    """Ollama's error, whose text may be llama.cpp's JSON inside a string."""
+    tokens, context = re.search(r"n_prompt_tokens\D+(\d+)", text), re.search(r"n_ctx\D+(\d+)", text)
+    if "exceed_context_size" in text and tokens and context:
+        return PromptTooLong(int(tokens[1]), int(context[1]))
+    try:
+        message = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        message = text
+    return EngineError(f"Ollama answers {status}: {str(message)[:300]}")

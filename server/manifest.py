@@ -1,0 +1,193 @@
+"""The release manifest's tolerant reader: keys it does not know are ignored, a schema_version it does not know is refused.
+
+A release is a directory with manifest.json and the files named in it. Files are found by `files`, never by name, and
+every byte of them is hashed before an engine sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.chat import Message, Role
+from server.errors import ReleaseError
+
+SCHEMA_VERSION = 1
+
+
+class Part(BaseModel):
+    """A part of the manifest: frozen and open, so that a newer trainer may add keys."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class File(Part):
+    path: str
+    """Relative to the manifest's directory."""
+    num_bytes: int
+    sha256: str
+
+
+class Sampling(Part):
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    num_predict: int
+
+
+class Rewrite(Part):
+    old: str
+    new: str
+
+
+class Prompt(Part):
+    template: str
+    stop: tuple[str, ...]
+    num_ctx: int = Field(ge=1)
+    sampling: Sampling
+    rewrite: tuple[Rewrite, ...]
+    """Literal replacements, in order, in every message's text."""
+    strip: tuple[Role, ...]
+    """Roles whose text is trimmed after that."""
+
+
+class Manifest(Part):
+    schema_version: Literal[1]
+    name: str
+    release: str
+    created: datetime
+    files: Mapping[str, File]
+    prompt: Prompt
+
+
+class ProbeMessage(Part):
+    role: Role
+    content: str
+
+
+class Probe(Part):
+    """What the trainer's engine rendered, tokenized and answered (greedy): another engine must do alike."""
+
+    messages: tuple[ProbeMessage, ...]
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    answer: str
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        return tuple(Message(message.role, message.content) for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release whose files were all there and unchanged when it was read."""
+
+    directory: Path
+    manifest: Manifest
+    probes: tuple[Probe, ...]
+
+    @property
+    def model(self) -> str:
+        """Its name at an engine and in replies: NAME:RELEASE."""
+        return f"{self.manifest.name}:{self.manifest.release}"
+
+    @property
+    def gguf(self) -> Path:
+        return self.directory / self.manifest.files["gguf"].path
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest.files["gguf"].sha256
+
+
+def find(releases: Path) -> Path | None:
+    """The release to serve: `releases` itself if it is one, else where its link `current` points now; None: not there."""
+    for candidate in (releases, releases / "current"):
+        if (candidate / "manifest.json").is_file():
+            return candidate.resolve()
+    if (releases / "current").exists():
+        raise ReleaseError(f"{releases / 'current'} has no manifest.json: release again with `make train` or `make demo`")
+    return None
+
+
+def read(directory: Path) -> Release:
+    """Read and check a release.
+
+    Raises:
+        ReleaseError: no or broken manifest, unknown schema_version, a file missing, of another size or with other bytes.
+    """
+    path = directory / "manifest.json"
+    manifest = _parse(path)
+    problems = [problem for name, file in manifest.files.items() if (problem := _problem(directory, name, file))]
+    if missing := [name for name in ("gguf", "probes") if name not in manifest.files]:
+        problems.append(f"{path}: `files` names no {' and no '.join(missing)}: release again")
+    if problems:
+        raise ReleaseError("; ".join(problems))
+    return Release(directory, manifest, _probes(directory / manifest.files["probes"].path))
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReleaseError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ReleaseError(f"{path}: not valid JSON ({error}): release again, or copy the release whole") from error
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ReleaseError(
+            f"{path}: schema_version is {version!r} and this server reads {SCHEMA_VERSION}: "
+            "update the server to the version that made the release, or release again with this one"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise ReleaseError(f"{path}: {explain(error)}: release again") from error
+
+
+def _problem(directory: Path, name: str, file: File) -> str | None:
+    path = directory / file.path
+    if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
+        return f"files.{name}: {file.path} leads out of the release"
+    if not path.is_file():
+        return f"files.{name}: {path} is missing: copy the release whole, or release again"
+    if (size := path.stat().st_size) != file.num_bytes:
+        return f"files.{name}: {path} has {size} bytes, not {file.num_bytes}: copy the release whole, or release again"
+    if sha256(path) != file.sha256:
+        return f"files.{name}: {path} was changed after its release (sha256 differs): copy it again, or release again"
+    return None
+
+
+def _probes(path: Path) -> tuple[Probe, ...]:
+    try:
+        probes = tuple(Probe.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+    except ValidationError as error:
+        raise ReleaseError(f"{path}: {explain(error)}: release again") from error
+    if not probes:
+        raise ReleaseError(f"{path}: holds no probe, so no engine can be checked against it: release again")
+    return probes
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explain(error: ValidationError, limit: int = 5) -> str:
+    """What pydantic found, in one line: field, complaint, value."""
+    return "; ".join(_explain(item) for item in error.errors(include_url=False)[:limit])
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    value = "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f", not {json.dumps(item['input'], default=str)[:80]}"
+    return f"{where + ': ' if where else ''}{item['msg'].removeprefix('Value error, ')}{value}"

@@ -1,0 +1,180 @@
+"""HTTP's side of the gateway: reading a JSON body, errors in their one shape, streams that notice a client who left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import errors, translate
+from server.admission import Answer
+from server.chat import Event
+from server.errors import BadRequest, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
+from server.manifest import explain
+
+B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
+
+
+class RequestIds:
+    """Gives every request an id, in its state and in the reply's X-Request-ID; a sane one of the client's own is kept."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        own = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        id = own if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", own) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+async def read(request: Request, kind: type[B], max_bytes: int, example: str) -> B:
+    """The body as `kind`. Raises NotJson, TooLarge or BadRequest, with the curl line that works or the field that does not."""
+    curl = f"curl -s {request.url} -H 'Content-Type: application/json' -d '{example}'"
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise NoJsonType(f"the body must be sent as JSON, not as {content_type or 'nothing in particular'}; this works: {curl}")
+    try:
+        tree = json.loads(await _bytes(request, max_bytes))
+    except ValueError as error:
+        raise NotJson(f"the body is not valid JSON ({error}); this works: {curl}") from error
+    if not isinstance(tree, dict):
+        raise NotJson(f"the body must be a JSON object; this works: {curl}")
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise BadRequest(explain(error)) from error
+
+
+async def _bytes(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise TooLarge(f"the body is larger than {max_bytes} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    row = errors.shown(error)
+    message = str(error) if isinstance(error, ServerError) else "the server made a mistake; its log knows more under this request id"
+    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
+    return JSONResponse(errors.body(message, row, request.state.request_id), row.status, headers)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses by itself: unknown paths and methods."""
+    status = getattr(error, "status_code", 500)
+    row = errors.Shown(status, "invalid_request_error", {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error"))
+    message = (
+        f"{request.method} {request.url.path}: {getattr(error, 'detail', 'failed')}; there are POST /chat and POST /v1/chat/completions"
+    )
+    return JSONResponse(errors.body(message, row, request.state.request_id), status, getattr(error, "headers", None))
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up (ClientGone). The body must have been read."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client hung up")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events of an answer that has started. Owns the answer: closes it at the end, on an error, or when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, opening: str, write: translate.Writer, ping_s: float, request_id: str) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._answer = answer
+        self._opening = opening
+        self._write = write
+        self._ping_s = ping_s
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answer:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await unless_gone(receive, self._send_all(send))
+            except ClientGone:
+                return
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._texts()) as texts:
+            async for text in texts:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _texts(self) -> AsyncGenerator[str]:
+        """The stream's text; an error in the middle becomes an event of its own, without a [DONE] after it."""
+        if self._opening:
+            yield self._opening
+        try:
+            async with aclosing(with_pings(self._answer.events(), self._ping_s)) as events:
+                async for event in events:
+                    yield translate.PING if event is None else self._write(event)
+        except ServerError as error:
+            yield translate.sse(errors.body(str(error), errors.shown(error), self._request_id))
+
+
+async def with_pings(events: AsyncGenerator[Event], ping_s: float) -> AsyncGenerator[Event | None]:
+    """The events, and None for every `ping_s` seconds without one. Closing it stops the wait for the next event."""
+    task: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            task = task or asyncio.ensure_future(_next(events))
+            done, _ = await asyncio.wait({task}, timeout=ping_s)
+            if not done:
+                yield None
+                continue
+            finished, task = task, None
+            try:
+                event = finished.result()
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        if task:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await events.aclose()
+
+
+async def _next(events: AsyncGenerator[Event]) -> Event:
+    return await anext(events)
