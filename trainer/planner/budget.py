@@ -31,7 +31,7 @@ SCORES_ALIVE = 4
 CONTEXT_BYTES = 228_000_000
 """CUDA context and cuBLAS workspaces: what lies between a T4's 15,095 MiB and the 15.6e9 bytes that a process may use of them."""
 LOSS_ROWS = 128
-"""Rows of logits that exist at once (trainer/training/loss.py)."""
+"""Rows of logits that exist at once (trainer/kernels/loss.py)."""
 SLACK = 0.43
 """Reserved but unused, as a share of the moment: 18.2 GB were reserved where 15.8 were allocated, 5.6 of them the moment's."""
 LIBRARIES_BYTES = 900_000_000
