@@ -360,7 +360,7 @@ def _origin(story: Story) -> str:
         "Revision": base.revision or "not pinned",
         "Adapter": f"{kind}, rank {train.rank}, alpha {train.alpha:g}, scale {scale:.4g}",
         "Context of training": f"{train.max_tokens:,} tokens{', packed' if train.packed else ''}",
-        "Trained with": f"{train.backend} on {_place(train)}, {train.accumulation:,} x forward a step",
+        "Trained with": f"{train.backend} on {_place(train)}, {_passes(train.accumulation)}",
         "Given up for memory": ", ".join(train.rungs) or "nothing",
         "Exported": f"{export.quantization}, adapter of step {export.checkpoint_step:,}",
         "Tensors": ", ".join(f"{num:,} {kind}" for kind, num in sorted(export.types.items())),
@@ -370,6 +370,10 @@ def _origin(story: Story) -> str:
 
 def _place(train: TrainFacts) -> str:
     return "a CUDA card" if train.device == "cuda" else "a CPU"
+
+
+def _passes(accumulation: int) -> str:
+    return "one forward pass a step" if accumulation == 1 else f"{accumulation:,} forward passes a step"
 
 
 def _definitions(facts: Mapping[str, str], classes: str) -> str:
