@@ -139,7 +139,7 @@ def _require_card(cfg: Config, goal: str) -> None:
     needs_card = any(stage.name in {"train", "evaluate", "export"} for stage in order(goal))
     if cfg.model.device == "cuda" and needs_card and cards.count() == 0:
         raise MachineError(
-            "no CUDA card found: model.device is \"cuda\"; run on a machine with an NVIDIA card and driver, "
+            "no CUDA card found, but model.device = 'cuda'; run on a machine with an NVIDIA card and driver, "
             "or try the demo that needs none: make demo (--preset gemma3-270m-cpu)"
         )
 
@@ -165,7 +165,7 @@ def _bring(
     cfg: Config, stage: StageSpec, label: Label, done: Mapping[str, Artifact[Any]], hashes: Hashes, caller: worker.Caller | None
 ) -> Artifact[Any]:
     target = cfg.run_dir / stage.name
-    if artifacts.read_label(target) == label:
+    if stage.name != "plan" and artifacts.read_label(target) == label:  # a plan depends on the machine, and costs nothing
         artifact = artifacts.read(target, stage.facts, hashes)
         progress.say(f"{stage.name}: up to date")
     else:
