@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from pydantic import BaseModel
 
-from trainer import pipeline, worker
+from trainer import pipeline, progress, worker
 from trainer.config import Config, load, presets
-from trainer.errors import Interrupted, TrainerError
+from trainer.errors import Interrupted, TrainerError, disk_full
+from trainer.training import card
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,16 +28,25 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         cfg = load(options.preset, options.set)
-        environment = _environment(cfg)
+        environment = {**_environment(cfg), **_one_card(cfg)}
         path = pipeline.run(cfg, options.stage, lambda lock: worker.Caller(environment, (lock,)))
         print(path)
     except TrainerError as error:
-        print(f"trainer: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
+    except OSError as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        return _told(full)
     except KeyboardInterrupt:
         print("trainer: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def _told(error: TrainerError) -> int:
+    print(f"trainer: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +88,22 @@ def _environment(cfg: Config) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(cache / "datasets"),
         "TOKENIZERS_PARALLELISM": "true",
     }
+
+
+def _one_card(cfg: Config) -> dict[str, str]:
+    """One card is used: the one that CUDA_VISIBLE_DEVICES names, else the freest. HF would multiply the batch by all it sees."""
+    query = shutil.which(card.QUERY[0])
+    if cfg.model.device != "cuda" or query is None:
+        return {}
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        progress.say(f"card: CUDA_VISIBLE_DEVICES={chosen}, the first of it is used")
+        return {"CUDA_VISIBLE_DEVICES": chosen.split(",")[0]}
+    listed = subprocess.run([query, *card.QUERY[1:]], capture_output=True, text=True, check=False)
+    if listed.returncode != 0 or "," not in listed.stdout:
+        return {}
+    number = card.choose_card(listed.stdout)
+    progress.say(f"card: number {number}, the one with the most free memory")
+    return {"CUDA_VISIBLE_DEVICES": str(number)}
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

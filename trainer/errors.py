@@ -7,6 +7,7 @@ is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -88,3 +89,11 @@ class Interrupted(TrainerError):
     """Ctrl-C or SIGTERM; the message says how to go on."""
 
     exit_code = 130
+
+
+def disk_full(error: OSError | RuntimeError) -> MachineError | None:
+    """What to tell the person when a write found no room; None for any other error. torch wraps the system's error in a text."""
+    if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        return None
+    where = getattr(error, "filename", None) or "a disk under paths.output, paths.cache or the temporary directory"
+    return MachineError(f"no space left on {where}; what was published before is whole. Free some room and run the same command again")

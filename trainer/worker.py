@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 import trainer.errors
 from trainer.artifacts import RECORD, Record, write_whole
 from trainer.config import Config
-from trainer.errors import Interrupted, OutOfMemoryError, StoppedError, TrainerError
+from trainer.errors import Interrupted, OutOfMemoryError, StoppedError, TrainerError, disk_full
 from trainer.facts import Facts
 
 F = TypeVar("F", bound=Facts)
@@ -114,7 +114,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _facts(job: Job, kind: type[F], report: Path, returncode: int) -> F:
     if not report.is_file():
         if returncode == -signal.SIGKILL:
-            raise StoppedError(f"{job.stage} was killed from outside, most likely because the machine ran out of memory; {_how_to_go_on(job)}")
+            raise StoppedError(f"{job.stage} was killed, most likely because the machine ran out of memory; {_how_to_go_on(job)}")
         raise RuntimeError(f"the worker of {job.stage} ended with code {returncode} and no outcome; its own words stand above")
     outcome = Outcome.model_validate_json(report.read_bytes())
     if outcome.status == "failed":
@@ -137,16 +137,27 @@ def _run(job: Job) -> Outcome:
     try:
         return Outcome(status="done", facts=job.run().model_dump(mode="json"))
     except TrainerError as error:
-        return Outcome(status="failed", error=type(error).__name__, problems=list(error.problems))
+        return _told(error, error)
     except KeyboardInterrupt:
         return Outcome(status="failed", error="Interrupted", problems=[_how_to_go_on(job)])
     except MemoryError:
-        return Outcome(status="failed", error="StoppedError", problems=[f"{job.stage}: the machine's memory ran out; close other programs or lower data.max_tokens"])
+        problem = f"{job.stage}: the machine's memory ran out; close other programs or lower data.max_tokens"
+        return Outcome(status="failed", error=StoppedError.__name__, problems=[problem])
+    except OSError as error:
+        return _told(disk_full(error), error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
-            raise
+            return _told(disk_full(error), error)
         remedy = "lower data.max_tokens, then adapter.rank (python -m trainer plan shows what fits)"
-        return Outcome(status="failed", error=OutOfMemoryError.__name__, problems=[f"{job.stage}: the card's memory ran out: {error}", remedy])
+        problem = f"{job.stage}: the card's memory ran out: {error}"
+        return Outcome(status="failed", error=OutOfMemoryError.__name__, problems=[problem, remedy])
+
+
+def _told(known: TrainerError | None, error: Exception) -> Outcome:
+    """The outcome of an error that has a name for the person; any other goes on as the bug it is."""
+    if known is None:
+        raise error
+    return Outcome(status="failed", error=type(known).__name__, problems=list(known.problems))
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

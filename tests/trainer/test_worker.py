@@ -65,3 +65,13 @@ def _wait(condition: object) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError
+
+
+def test_a_full_disk_and_a_full_card_are_told_apart_from_bugs(tmp_path: Path) -> None:
+    full = OSError(28, "No space left on device", str(tmp_path / "x"))
+    assert worker._told(worker.disk_full(full), full).problems[0].startswith(f"no space left on {tmp_path / 'x'}")
+    assert worker.disk_full(RuntimeError("PytorchStreamWriter failed: No space left on device")) is not None
+    with pytest.raises(OSError, match="other"):
+        worker._told(worker.disk_full(OSError(5, "other")), OSError(5, "other"))
+    assert worker.is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not worker.is_out_of_memory(RuntimeError("shape mismatch"))
