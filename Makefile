@@ -1,0 +1,68 @@
+SHELL := bash
+.DEFAULT_GOAL := help
+PRESET ?= gemma3-12b-t4
+# Empty takes the preset's own data.path (data/dataset.json for the 12B).
+DATA ?=
+ARGS ?=
+PY := .venv/bin/python
+TRAINER := $(PY) -m trainer
+WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
+
+.PHONY: help setup setup-server lock check format test test-gpu e2e soak demo bench-demo plan train report serve clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
+	@echo "  PRESET=$(PRESET)  DATA=FILE of your records  ARGS='--set section.key=value'"
+
+setup:  ## .venv from the locks, with the torch that suits this machine
+	@requirements/setup.sh
+
+setup-server:  ## .venv-server: only what serving needs, no torch
+	@requirements/setup.sh server
+
+demo: setup  ## train, export, verify and serve Gemma 3 270M on the sample data: no card, no account
+	@$(PY) -m bench.demo
+
+plan: setup  ## say whether a run of PRESET fits its card, term by term
+	@$(TRAINER) plan $(WITH)
+
+train: setup  ## the whole way with PRESET and DATA: prepare to release and report
+	@$(TRAINER) report $(WITH)
+
+report: setup  ## bring PRESET's report.html up to date
+	@$(TRAINER) report $(WITH)
+
+serve: setup  ## serve the newest release on http://127.0.0.1:8080
+	@$(PY) -m server $(ARGS)
+
+check: setup  ## format, lint, types, locks
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	UV=$$(requirements/setup.sh uv) requirements/lock.sh --check
+
+format: setup  ## let ruff mend what it can
+	$(PY) -m ruff format
+	$(PY) -m ruff check --fix
+
+lock: setup  ## renew requirements/*.txt from pyproject.toml; UPGRADE=1 takes the newest versions
+	UV=$$(requirements/setup.sh uv) requirements/lock.sh
+
+test: setup  ## the tests that need no card and no trained model
+	$(PY) -m pytest -m "not e2e and not gpu and not slow" $(ARGS)
+
+test-gpu: setup  ## the tests that need an NVIDIA card
+	$(PY) -m pytest -m gpu $(ARGS)
+
+e2e: demo  ## the tests that start from the demo's release
+	$(PY) -m pytest -m e2e $(ARGS)
+
+soak: setup  ## 100 kills of a train and of an export; goes on where it stopped
+	$(PY) -m bench.soak --case train_kills --trials 100 $(ARGS)
+	$(PY) -m bench.soak --case export_kills --trials 100 $(ARGS)
+
+bench-demo: setup  ## the demo from nothing, as a row of bench/results/demo.jsonl
+	$(PY) -m bench.demo --record
+
+clean:  ## remove environments and tools' caches; output/, data/ and .cache/ stay
+	rm -rf .venv .venv-server .tools .mypy_cache .pytest_cache .ruff_cache *.egg-info
