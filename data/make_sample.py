@@ -1,0 +1,116 @@
+"""Makes sample.jsonl: English schedules and the cron expressions that they mean, one right answer each.
+
+    python data/make_sample.py > data/sample.jsonl
+
+A small formal language that a base model does not know and whose answers can be checked letter by letter. Five fields:
+minute, hour, day of the month, month, day of the week (Sunday is 0). The language never names a day of the month
+together with a day of the week, which cron reads as "or". Own work, CC0: whoever runs this gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+SEED = 20
+NUM_RECORDS = 1600
+
+WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+DAYS_IN_MONTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+MINUTE_STEPS = (2, 3, 4, 5, 6, 10, 12, 15, 20, 30)
+HOUR_STEPS = (2, 3, 4, 6, 8, 12)
+OPENINGS = ("", "", "", "Run ", "Run the job ", "Start the backup ", "Remind me ")
+
+
+class Clock(NamedTuple):
+    """When in the day: words, minute field, hour field."""
+
+    words: str
+    minute: str
+    hour: str
+
+
+class Days(NamedTuple):
+    """On which days: words, day of the month, month, day of the week."""
+
+    words: str
+    day: str
+    month: str
+    weekday: str
+
+
+def clock(chance: random.Random) -> Clock:
+    kind = chance.choices(("time", "minutes", "hourly", "hours"), (76, 8, 8, 8))[0]
+    minute = chance.randrange(60)
+    if kind == "minutes":
+        step = chance.choice(MINUTE_STEPS)
+        return Clock(f"every {step} minutes", f"*/{step}", "*")
+    if kind == "hourly":
+        return Clock(f"every hour at minute {minute}", str(minute), "*")
+    if kind == "hours":
+        step = chance.choice(HOUR_STEPS)
+        return Clock(f"every {step} hours at minute {minute}", str(minute), f"*/{step}")
+    hour = chance.randrange(24)
+    return Clock(f"at {hour:02}:{minute:02}", str(minute), str(hour))
+
+
+def days(chance: random.Random) -> Days:
+    kind = chance.choices(("all", "weekday", "week", "weekend", "day", "date", "month", "weekday in month"), (14, 24, 7, 7, 14, 16, 9, 9))[
+        0
+    ]
+    weekday, month = chance.randrange(7), chance.randrange(12)
+    name, month_name = WEEKDAYS[weekday], MONTHS[month]
+    if kind == "weekday":
+        return Days(chance.choice((f"every {name}", f"on {name}s", f"each {name}")), "*", "*", str(weekday))
+    if kind == "week":
+        return Days(chance.choice(("on weekdays", "every weekday")), "*", "*", "1-5")
+    if kind == "weekend":
+        return Days(chance.choice(("on weekends", "every weekend")), "*", "*", "0,6")
+    if kind == "day":
+        day = chance.randint(1, 28)
+        return Days(
+            chance.choice((f"on day {day} of every month", f"on day {day} of the month", f"monthly on day {day}")), str(day), "*", "*"
+        )
+    if kind == "date":
+        day = chance.randint(1, DAYS_IN_MONTH[month])
+        return Days(
+            chance.choice((f"on {month_name} {day}", f"on {day} {month_name}", f"every year on {month_name} {day}")),
+            str(day),
+            str(month + 1),
+            "*",
+        )
+    if kind == "month":
+        return Days(chance.choice((f"every day in {month_name}", f"daily in {month_name}")), "*", str(month + 1), "*")
+    if kind == "weekday in month":
+        return Days(chance.choice((f"every {name} in {month_name}", f"on {name}s in {month_name}")), "*", str(month + 1), str(weekday))
+    return Days(chance.choice(("every day", "daily", "each day")), "*", "*", "*")
+
+
+def schedules(chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless (English, cron) pairs."""
+    while True:
+        time, date = clock(chance), days(chance)
+        parts = [date.words, time.words] if chance.random() < 0.6 else [time.words, date.words]
+        text = chance.choice(OPENINGS) + " ".join(parts)
+        ending = chance.choice(("", "", "."))
+        yield f"{text[0].upper()}{text[1:]}{ending}", f"{time.minute} {time.hour} {date.day} {date.month} {date.weekday}"
+
+
+def lines() -> Iterator[str]:
+    """The sample's lines. Chance decides their order; no English text comes twice."""
+    seen: set[str] = set()
+    for text, cron in schedules(random.Random(SEED)):
+        if text not in seen:
+            seen.add(text)
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": cron}]
+            yield json.dumps({"messages": messages})
+        if len(seen) == NUM_RECORDS:
+            return
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{line}\n" for line in lines())
