@@ -1,0 +1,1 @@
+"""Walls: each awkward library is imported by one module here and nowhere else, inside its functions."""
