@@ -1,0 +1,152 @@
+"""train: the whole stage on two random layers: files, loss, resume, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config import Config
+from trainer.errors import ConfigError, Interrupted, StoppedError
+from trainer.facts import TrainFacts
+from trainer.stages import train
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config: Make, tiny_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainFacts]:
+    """Eight steps without an interruption, with a checkpoint at every second."""
+    out = tmp_path_factory.mktemp("train")
+    return out, train.run(tiny_config("train.max_steps=8"), tiny_inputs, out)
+
+
+def losses(facts: TrainFacts) -> list[float]:
+    return [point.loss for point in facts.train_loss]
+
+
+def test_it_leaves_pefts_two_files_twice_and_the_metrics(trained: tuple[Path, TrainFacts]) -> None:
+    out, _ = trained
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "best", "metrics.jsonl"], "checkpoints go when all is done"
+    for folder in ("adapter", "best"):
+        assert sorted(path.name for path in (out / folder).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_the_adapter_says_what_it_is(trained: tuple[Path, TrainFacts]) -> None:
+    found = json.loads((trained[0] / "adapter" / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] == "random:tiny", "a name, not a cache directory"
+    assert (found["r"], found["lora_alpha"], found["use_dora"], found["use_rslora"]) == (4, 4, True, True)
+    assert len(found["target_modules"]) == 7
+
+
+def test_the_facts_are_what_the_metrics_say(trained: tuple[Path, TrainFacts]) -> None:
+    out, facts = trained
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [event["loss"] for event in events if "loss" in event] == losses(facts)
+    assert {"step", "loss", "learning_rate", "tokens_per_s", "peak_bytes", "wall_s"} <= events[-1].keys()
+    assert [point.step for point in facts.valid_loss] == [2, 4, 6, 8]
+    best = min(facts.valid_loss, key=lambda point: point.loss)
+    assert facts.best_step == best.step and facts.steps == 8
+    assert (facts.rank, facts.alpha, facts.dora, facts.rslora, facts.packed) == (4, 4.0, True, True, False)
+    assert facts.num_tokens == events[-1]["num_tokens"] > 0
+
+
+def test_it_learns(trained: tuple[Path, TrainFacts]) -> None:
+    _, facts = trained
+    assert facts.valid_loss[-1].loss < facts.valid_loss[0].loss
+
+
+def test_everything_trains_in_float32(trained: tuple[Path, TrainFacts]) -> None:
+    """TRL casts a quantised model's adapter to bfloat16, which a T4 has not and which swallows small updates."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(trained[0] / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    matrices = [value for name, value in tensors.items() if "lora_A" in name]
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in matrices), "nor did it round them once"
+
+
+def test_a_killed_train_goes_on_as_if_nothing_had_happened(
+    trained: tuple[Path, TrainFacts], tiny_config: Make, tiny_inputs: Any, tmp_path: Path
+) -> None:
+    """SIGTERM at some step; the same command again gives the same losses to the last bit, and the same adapter."""
+    metrics = tmp_path / "metrics.jsonl"
+
+    def terminate() -> None:
+        while not metrics.exists() or '"step": 3' not in metrics.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(Interrupted, match="a checkpoint is saved"):
+        train.run(tiny_config("train.max_steps=8", "checkpoint.every_steps=100"), tiny_inputs, tmp_path)
+    thread.join()
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
+    facts = train.run(tiny_config("train.max_steps=8"), tiny_inputs, tmp_path)
+    out, whole = trained
+    assert losses(facts) == losses(whole)
+    assert facts.valid_loss == whole.valid_loss and facts.num_tokens == whole.num_tokens
+    for folder in ("adapter", "best"):
+        name = Path(folder) / "adapter_model.safetensors"
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny_config: Make, tiny_inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError, match=r"no number after step \d+.*learning_rate"):
+        cfg = tiny_config(
+            "train.learning_rate=1e36", "train.max_grad_norm=1e30", "checkpoint.every_steps=1", "train.valid_every=100", "train.max_steps=8"
+        )
+        train.run(cfg, tiny_inputs, tmp_path)
+    assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+
+def test_the_loss_is_the_mean_over_a_whole_steps_tokens(tiny_config: Make, tiny_inputs: Any, tmp_path: Path) -> None:
+    """24 records in one pass, or in six of four with paddings of their own: one step, one loss, one update."""
+    found = {}
+    for records in (24, 4):
+        out = tmp_path / str(records)
+        out.mkdir()
+        cfg = tiny_config(f"train.batch_records={records}", "train.tokens_per_step=1000000", "train.max_steps=1", "train.warmup_steps=0")
+        found[records] = train.run(cfg, tiny_inputs, out)
+    assert found[24].train_loss[0].loss == pytest.approx(found[4].train_loss[0].loss, rel=1e-6)
+    assert found[24].valid_loss[0].loss == pytest.approx(found[4].valid_loss[0].loss, rel=1e-5)
+
+
+def test_packed_rows_give_the_loss_of_single_ones(tiny_config: Make, tiny_inputs: Any, tmp_path: Path) -> None:
+    found = {}
+    for packing in ("true", "false"):
+        out = tmp_path / packing
+        out.mkdir()
+        cfg = tiny_config(
+            f"pack.enabled={packing}", "train.batch_records=1", "train.tokens_per_step=1000000", "train.max_steps=1", "train.warmup_steps=0"
+        )
+        found[packing] = train.run(cfg, tiny_inputs, out)
+    assert found["true"].packed and found["true"].num_tokens == found["false"].num_tokens
+    assert found["true"].train_loss[0].loss == pytest.approx(found["false"].train_loss[0].loss, rel=1e-5)
+
+
+def test_packing_is_refused_where_the_attention_looks_across_boundaries(tiny_config: Make, tiny_prepared: Path) -> None:
+    from trainer.dataset import records
+    from trainer.training import model as models
+    from trainer.training.batches import examples
+
+    cfg = tiny_config()
+    model = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
+    first, second = examples(records.read(tiny_prepared / "train.jsonl"))[:2]
+    models.require_boundaries(model, (first, second))
+
+    def blind(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+
+    model.get_base_model().model.register_forward_pre_hook(blind, with_kwargs=True)
+    with pytest.raises(ConfigError, match=r"pack\.enabled"):
+        models.require_boundaries(model, (first, second))

@@ -1,0 +1,139 @@
+"""Wall around PEFT: make, save and load the adapter, and run DoRA with row norms that are computed once.
+
+PEFT computes y = g * (W x + s B A x) with g = m / n, n_o = |W_o + s (B A)_o|, and builds n anew in every forward pass, from
+eye(d_in), the dense B A and the dequantised W. While nothing trains n is a constant, so `frozen_norms` puts another object
+with the same forward at PEFT's seam, `layer.lora_variant[adapter]`: one product with g in place of all that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Adapter
+from trainer.errors import ModelError
+
+NAME = "default"
+"""What PEFT calls the one adapter of a model."""
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_ROWS = 1024
+"""Rows of B A that are dense at a time: at most 63 MB of float32 at 15,360 columns."""
+
+
+def attach(model: Any, adapter: Adapter, *, base_name: str, revision: str, seed: int) -> Any:
+    """A PeftModel with a new adapter on every targeted linear; B is zero, so it computes what the base computes."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=_whole(adapter.alpha),
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.dora,
+        use_rslora=adapter.rslora,
+        target_modules=list(adapter.targets),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    return name_base(get_peft_model(model, settings), base_name, revision)
+
+
+def name_base(model: Any, base_name: str, revision: str) -> Any:
+    """Say in adapter_config.json which model the adapter belongs to: its name, not a cache directory."""
+    settings = model.peft_config[NAME]
+    settings.base_model_name_or_path, settings.revision = base_name, revision or None
+    return model
+
+
+def save(model: Any, directory: Path) -> None:
+    """Exactly PEFT's two files. Equal adapters give equal bytes."""
+    # "auto" would ask the hub whether the vocabulary was resized.
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)
+    settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])  # PEFT keeps a set
+    (directory / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load(model: Any, directory: Path, *, base_name: str) -> Any:
+    """The base with a trained adapter, for inference.
+
+    Raises:
+        ModelError: the adapter was made for another base.
+    """
+    from peft import PeftModel
+
+    named = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if named != base_name:
+        raise ModelError(
+            f"{directory / CONFIG}: the adapter belongs to {named!r}, not to {base_name!r}; set model.name to that base, or train again"
+        )
+    return PeftModel.from_pretrained(model, str(directory))
+
+
+@contextmanager
+def base_alone(model: Any) -> Iterator[None]:
+    """Within the block the model computes what it did before it had an adapter."""
+    with model.disable_adapter():
+        yield
+
+
+def layers(model: Any) -> list[Any]:
+    """PEFT's layers, in the model's order."""
+    return [module for module in model.modules() if hasattr(module, "lora_variant") and NAME in module.lora_A]
+
+
+class FrozenNorms:
+    """DoRA's forward with a constant gain g [out]; stands where PEFT's DoraLinearVariant stood."""
+
+    def __init__(self, gain: Tensor) -> None:
+        self.gain = gain
+
+    def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """result: W x, without bias."""
+        update = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+        return self.gain.to(result.dtype) * (result + update.to(result.dtype))
+
+
+@contextmanager
+def frozen_norms(model: Any) -> Iterator[None]:
+    """Within the block no weight may change, and DoRA costs next to nothing. Without DoRA nothing happens."""
+    assert not model.training, "dropout and gradients need PEFT's own forward"
+    dora = [layer for layer in layers(model) if NAME in layer.lora_variant]
+    before = [layer.lora_variant[NAME] for layer in dora]
+    for layer in dora:
+        layer.lora_variant[NAME] = FrozenNorms(gain(layer))
+    try:
+        yield
+    finally:
+        for layer, variant in zip(dora, before, strict=True):
+            layer.lora_variant[NAME] = variant
+
+
+@torch.no_grad()
+def gain(layer: Any) -> Tensor:
+    """g = m / |W + s B A| per row, float32, from the very weights that the forward pass reads."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = layer.get_base_layer()
+    assert base.bias is None, "Gemma's linears have no bias"
+    weight = dequantize_module_weight(base)
+    a_RI, b_OR = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float()
+    norms = [
+        torch.linalg.norm(weight[start : start + _ROWS].float() + layer.scaling[NAME] * (b_OR[start : start + _ROWS] @ a_RI), dim=1)
+        for start in range(0, len(weight), _ROWS)
+    ]
+    magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
+    return magnitude.float() / torch.cat(norms)
+
+
+def _whole(alpha: float) -> float:
+    """PEFT's lora_alpha is an integer in most readers' eyes; 16.0 is written as 16."""
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,0 +1,192 @@
+"""Wall around TRL: an SFTTrainer that takes rows of token ids as they are, and tells an Observer what happens.
+
+What of TRL's and HF's is switched off, and why:
+- both precision flags: they bring autocast and a GradScaler; the model's own dtypes are the arithmetic;
+- dataset preparation, packing, padding-free: rows come tokenized, and batches from trainer.training.batches;
+- compute_loss: TRL 1.15's fused head is a Triton kernel that no CPU runs; ours is trainer.kernels.loss;
+- the cast of a quantised model's adapter to bfloat16: a T4 has none, and small updates would vanish in it;
+- the NaN filter, which hides the first bad loss; model cards; telemetry; bars and prints.
+
+The module is only imported once the model is there: unsloth must come before trl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig, SFTTrainer
+
+from trainer.config import Train
+from trainer.errors import StoppedError
+from trainer.kernels.loss import summed_cross_entropy
+
+R = TypeVar("R")
+
+
+class Observer(Protocol):
+    """Who watches the training: trainer.training.loop."""
+
+    def began(self, state: Any) -> None:
+        """Before the first step of this process; state is HF's TrainerState."""
+
+    def stepped(self, state: Any) -> None:
+        """An optimizer step is done."""
+
+    def logged(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def stop(self) -> bool:
+        """Asked after each step: True saves a checkpoint and ends the training."""
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with its loss, its files and its talk replaced; its loop, schedule, clipping and resume are used."""
+
+    save_adapter: Callable[[Path], None]
+    seal: Callable[[Path], object]
+    partial: Path
+    """Where a checkpoint is written before seal() moves it to its place."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Mean over the supervised tokens of the whole optimizer step: each micro-batch adds its sum / num_items_in_batch."""
+        assert num_items_in_batch is not None and not return_outputs
+        total = summed_loss(model, inputs)
+        if not torch.isfinite(total):
+            raise StoppedError(_diverged(self.state.global_step, "the loss"))
+        return total / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if not all(torch.isfinite(torch.tensor(float(value))) for key, value in logs.items() if key == "grad_norm"):
+            raise StoppedError(_diverged(self.state.global_step, "the gradient's norm"))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: the adapter's own two files say what it is."""
+
+    def _send_telemetry(self) -> None:
+        """None."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self.save_adapter(Path(output_dir))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.partial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.seal(self.partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.partial.rmdir()
+
+
+def summed_loss(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Sum of -log p over the supervised tokens of a batch, nats; float32."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = {name: value for name, value in inputs.items() if name != "labels"}
+    hidden = base.model(**forward, use_cache=False).last_hidden_state
+    return summed_cross_entropy(hidden, base.get_output_embeddings().weight, inputs["labels"])
+
+
+class _Events(TrainerCallback):
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._observer.began(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._observer.stepped(state)
+        if self._observer.stop():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        self._observer.logged(state.global_step, logs or {})
+
+
+def trainer(
+    model: Any,
+    rows: Sequence[R],
+    tensors: Callable[[list[R]], Mapping[str, torch.Tensor]],
+    *,
+    train: Train,
+    accumulation: int,
+    every_steps: int,
+    partial: Path,
+    device: str,
+    checkpointing: bool,
+    optimizer: torch.optim.Optimizer,
+    save_adapter: Callable[[Path], None],
+    seal: Callable[[Path], object],
+    observer: Observer,
+) -> Trainer:
+    """The trainer of one attempt; `train(resume_from_checkpoint=...)` runs it."""
+    trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    made = Trainer(
+        model=model,
+        args=_arguments(train, accumulation, every_steps, partial, device, checkpointing),
+        data_collator=lambda picked: tensors([rows[item["row"]] for item in picked]),
+        train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
+        processing_class=_no_tokenizer(),
+        optimizers=(optimizer, None),
+        callbacks=[_Events(observer)],
+    )
+    for parameter, data in trainable:
+        parameter.data = data  # TRL cast them to bfloat16
+    made.processing_class = None  # else each checkpoint would hold a copy
+    made.remove_callback(PrinterCallback)
+    made.save_adapter, made.seal, made.partial = save_adapter, seal, partial
+    return made
+
+
+def _arguments(train: Train, accumulation: int, every_steps: int, partial: Path, device: str, checkpointing: bool) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(partial),
+        per_device_train_batch_size=train.batch_records,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        weight_decay=train.weight_decay,
+        seed=train.seed,
+        data_seed=train.seed,
+        fp16=False,
+        bf16=False,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="steps",
+        save_steps=every_steps,
+        include_num_input_tokens_seen="non_padding",
+        report_to=train.report_to,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _no_tokenizer() -> PreTrainedTokenizerFast:
+    """SFTTrainer insists on a tokenizer; rows are ids already, so it gets an empty one."""
+    from tokenizers import Tokenizer, models
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
+
+
+def _diverged(step: int, what: str) -> str:
+    return (
+        f"train: {what} is no number after step {step}; the last checkpoint is kept. Lower train.learning_rate or "
+        "train.max_grad_norm, or look for broken records near that step, and start with --set run.fresh=true"
+    )

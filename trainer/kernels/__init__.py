@@ -1,0 +1,1 @@
+"""Arithmetic in torch (and triton) alone, each piece with its derivation beside it."""

@@ -1,0 +1,39 @@
+"""metrics.jsonl: one line a log event. A resumed run first forgets the lines that lie after its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.facts import LossPoint
+
+
+class Journal:
+    def __init__(self, file: Path, resumed_step: int) -> None:
+        """Keep what was measured up to resumed_step (0: nothing was)."""
+        self._file = file
+        known = _lines(file) if file.exists() and resumed_step else []
+        self._events = [event for event in known if event["step"] <= resumed_step]
+        file.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+
+    def write(self, step: int, **figures: float | None) -> None:
+        event = {"step": step, **figures}
+        self._events.append(event)
+        with self._file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(event) + "\n")
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return max((event["wall_s"] for event in self._events if "wall_s" in event), default=0.0)
+
+    def points(self, figure: str) -> tuple[LossPoint, ...]:
+        """The course of `loss` or `valid_loss`."""
+        return tuple(LossPoint(step=event["step"], loss=event[figure]) for event in self._events if figure in event)
+
+
+def _lines(file: Path) -> list[Mapping[str, Any]]:
+    """Every whole line; the last one may be torn by a crash."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -1,0 +1,185 @@
+"""One training of one adapter: steps, validation, best and last adapter, checkpoints, and going on from one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer import progress
+from trainer.backends import peft
+from trainer.config import Config
+from trainer.dataset.pack import pack
+from trainer.errors import Interrupted
+from trainer.facts import TrainFacts
+from trainer.training import checkpoints, interrupt, measure, memory, optimizer
+from trainer.training import model as models
+from trainer.training.batches import Example, Row, accumulation, row, sample
+from trainer.training.journal import Journal
+
+
+class Work(NamedTuple):
+    """What one training consists of."""
+
+    rows: Sequence[Row]
+    valid: Sequence[Row]
+    accumulation: int
+    """Forward passes of an optimizer step."""
+    steps: int
+    """Optimizer steps in all."""
+
+
+def work(cfg: Config, train: Sequence[Example], valid: Sequence[Example]) -> Work:
+    """Rows from examples: one each, or packed; and how many forward passes make an optimizer step."""
+    if cfg.pack.enabled:
+        rows = [row(*(train[number] for number in members)) for members in pack([len(one.ids) for one in train], cfg.data.max_tokens)]
+    else:
+        rows = [row(one) for one in train]
+    mean = sum(len(one.ids) for one in rows) / len(rows)
+    held_out = [row(one) for one in sample(valid, cfg.train.valid_records)]
+    passes = accumulation(cfg.train.tokens_per_step, cfg.train.batch_records, mean)
+    each_epoch = math.ceil(math.ceil(len(rows) / cfg.train.batch_records) / passes)
+    return Work(rows, held_out, passes, cfg.train.max_steps or math.ceil(cfg.train.epochs * each_epoch))
+
+
+def run(cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Path) -> TrainFacts:
+    """Train into `out`: adapter/, best/, metrics.jsonl; checkpoints/ is gone when all is done.
+
+    Raises:
+        Interrupted: a checkpoint was saved. StoppedError: the loss is no number; the last checkpoint stays.
+    """
+    checkpoints.tidy(out)
+    model = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
+    if cfg.pack.enabled:
+        models.require_boundaries(model, _probe(train))
+    todo = work(cfg, train, valid)
+    resume = checkpoints.newest(out / "checkpoints")
+    done = checkpoints.step_of(resume) if resume else 0
+    journal = Journal(out / "metrics.jsonl", done)
+    with interrupt.listening() as stop, progress.task("train", todo.steps - done, "steps") as task:
+        state = _train(cfg, model, todo, Watch(cfg, model, todo, journal, out, stop, task), out, resume)
+    if stop() and state.global_step < state.max_steps:
+        raise Interrupted(
+            f"train: interrupted after step {state.global_step} of {state.max_steps}; a checkpoint is saved, the same command goes on from it"
+        )
+    peft.save(model, out / "adapter.new")
+    checkpoints.replace(out / "adapter.new", out / "adapter")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return _facts(cfg, todo, journal, state)
+
+
+def _train(cfg: Config, model: Any, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
+    """Run HF's loop; returns its TrainerState."""
+    from trainer.backends import trl  # after the model: unsloth must be imported before trl
+
+    directory = out / "checkpoints"
+    directory.mkdir(exist_ok=True)
+    made = trl.trainer(
+        model,
+        todo.rows,
+        models.packed_tensors if cfg.pack.enabled else models.tensors,
+        train=cfg.train,
+        accumulation=todo.accumulation,
+        every_steps=cfg.checkpoint.every_steps,
+        partial=directory / checkpoints.PARTIAL,
+        device=cfg.model.device,
+        # unsloth brings a checkpointing of its own
+        checkpointing=cfg.train.gradient_checkpointing and cfg.model.backend != "unsloth",
+        optimizer=optimizer.build(model.named_parameters(), cfg.train),
+        save_adapter=lambda target: peft.save(model, target),
+        seal=lambda written: checkpoints.seal(written, directory, cfg.checkpoint.keep),
+        observer=watch,
+    )
+    if resume:
+        progress.say(f"train: going on from step {checkpoints.step_of(resume)}")
+    made.train(resume_from_checkpoint=str(resume) if resume else None)
+    return made.state
+
+
+class Watch:
+    """Observer of the loop: validation, best adapter, journal, progress."""
+
+    def __init__(
+        self, cfg: Config, model: Any, todo: Work, journal: Journal, out: Path, stop: Callable[[], bool], task: progress.Task
+    ) -> None:
+        self._cfg, self._model, self._todo = cfg, model, todo
+        self._journal, self._out, self._task = journal, out, task
+        self.stop = stop
+        self._before_s = journal.wall_s
+        self._tokens = 0
+        self._started = self._stepped = time.monotonic()
+
+    def began(self, state: Any) -> None:
+        assert state.max_steps == self._todo.steps, "we and HF count steps differently"
+        self._tokens = int(state.num_input_tokens_seen)
+        self._started = self._stepped = time.monotonic()
+
+    def stepped(self, state: Any) -> None:
+        now = time.monotonic()
+        self._step_s, self._step_tokens = now - self._stepped, int(state.num_input_tokens_seen) - self._tokens
+        self._tokens = int(state.num_input_tokens_seen)
+        if state.global_step % self._cfg.train.valid_every == 0 or state.global_step == state.max_steps:
+            self._validate(state)
+        self._stepped = time.monotonic()
+
+    def logged(self, step: int, figures: Mapping[str, float]) -> None:
+        if "loss" not in figures:
+            return
+        speed, peak = self._step_tokens / self._step_s, memory.peak_bytes(self._cfg.model.device)
+        self._journal.write(
+            step,
+            loss=figures["loss"],
+            learning_rate=figures["learning_rate"],
+            grad_norm=figures.get("grad_norm"),
+            tokens_per_s=speed,
+            num_tokens=self._tokens,
+            step_s=self._step_s,
+            wall_s=self._before_s + time.monotonic() - self._started,
+            peak_bytes=peak,
+        )
+        self._task.advance(loss=figures["loss"], tokens_per_s=speed, memory=f"{peak / 1e9:.1f} GB")
+
+    def _validate(self, state: Any) -> None:
+        """state carries the best loss so far through a checkpoint, in HF's own fields."""
+        with measure.evaluating(self._model), peft.frozen_norms(self._model):
+            found = measure.loss(self._model, self._todo.valid, max(4, self._cfg.train.batch_records))
+        self._journal.write(state.global_step, valid_loss=found)
+        self._task.advance(0, valid_loss=found)
+        if state.best_metric is None or found < state.best_metric:
+            peft.save(self._model, self._out / "best.new")
+            checkpoints.replace(self._out / "best.new", self._out / "best")
+            state.best_metric, state.best_global_step = found, state.global_step
+
+
+def _probe(train: Sequence[Example]) -> tuple[Example, Example]:
+    """Two short records for the test of boundaries; the same one twice where there is only one."""
+    shortest = sorted(train, key=lambda one: len(one.ids))
+    return shortest[0], shortest[min(1, len(shortest) - 1)]
+
+
+def _facts(cfg: Config, todo: Work, journal: Journal, state: Any) -> TrainFacts:
+    tokens = int(state.num_input_tokens_seen)
+    return TrainFacts(
+        backend=cfg.model.backend,
+        device=torch.cuda.get_device_name() if cfg.model.device == "cuda" else "cpu",
+        rank=cfg.adapter.rank,
+        alpha=cfg.adapter.alpha,
+        dora=cfg.adapter.dora,
+        rslora=cfg.adapter.rslora,
+        max_tokens=cfg.data.max_tokens,
+        packed=cfg.pack.enabled,
+        steps=state.global_step,
+        accumulation=todo.accumulation,
+        num_tokens=tokens,
+        wall_s=journal.wall_s,
+        tokens_per_s=tokens / journal.wall_s,
+        peak_bytes=memory.peak_bytes(cfg.model.device),
+        train_loss=journal.points("loss"),
+        valid_loss=journal.points("valid_loss"),
+        best_step=state.best_global_step,
+    )
