@@ -13,7 +13,7 @@ from server.admission import Admission
 from server.engines import Engine
 from server.errors import ServerError
 from server.release import Keeper
-from server.replies import RequestIds, on_error, on_http_error
+from server.replies import RequestIds, on_bug, on_error, on_http_error
 from server.routes import Gateway, router
 from server.settings import Settings
 
@@ -48,6 +48,6 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(RequestIds)
     app.add_exception_handler(ServerError, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_error)
+    app.add_exception_handler(Exception, on_bug)
     app.include_router(router(Gateway(settings, engine, keeper, admission)))
     return app

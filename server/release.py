@@ -64,7 +64,9 @@ class Keeper:
 
     async def _load(self, directory: Path) -> None:
         release = await asyncio.to_thread(manifest.read, directory)
-        self._note(NotReady, f"the engine is loading {release.model}")
+        loading = f"the engine is loading {release.model}"
+        log.info("%s", loading)
+        self._why = lambda: NotReady(loading)
         digest = await self._engine.load(release)
         self._live = Live(release, digest)
         log.info("serving %s", release.model)

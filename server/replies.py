@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
@@ -20,6 +21,8 @@ from server.admission import Answer
 from server.chat import Event
 from server.errors import BadRequest, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
 from server.manifest import explain
+
+log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
@@ -78,9 +81,16 @@ async def _bytes(request: Request, max_bytes: int) -> bytes:
 
 async def on_error(request: Request, error: Exception) -> Response:
     row = errors.shown(error)
-    message = str(error) if isinstance(error, ServerError) else "the server made a mistake; its log knows more under this request id"
     headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
-    return JSONResponse(errors.body(message, row, request.state.request_id), row.status, headers)
+    return JSONResponse(errors.body(str(error), row, request.state.request_id), row.status, headers)
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """Our own mistakes: the log gets the traceback, the client nothing of it. Runs outside of RequestIds, hence the header."""
+    id = request.state.request_id
+    log.error("request %s failed", id)
+    message = "the server made a mistake; its log knows more about this request id"
+    return JSONResponse(errors.body(message, errors.BUG, id), errors.BUG.status, {"X-Request-ID": id})
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

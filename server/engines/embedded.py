@@ -113,6 +113,10 @@ class EmbeddedEngine:
         self._keeper: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
 
+    @property
+    def child_pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
     async def check(self) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise SetupError("the embedded engine needs the package xllamacpp: pip install 'trinity[demo]', or take --engine ollama")
@@ -181,6 +185,10 @@ class EmbeddedEngine:
         if not self._child.alive:
             raise EngineError("llama.cpp died and is being started again: try again in a moment")
         return self._child
+
+    async def tokenize(self, model: str, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt, as the model gets them."""
+        return await self._tokenize(self._living(model), prompt)
 
     async def _tokenize(self, child: Child, prompt: str) -> list[int]:
         """With <bos>, and the turn markers as the single tokens they are."""

@@ -1,0 +1,103 @@
+"""The embedded engine's own promises: its child may die, the gateway may die, and neither leaves the other behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from server import conversation
+from server.chat import ChatRequest, Delta, Message, Wishes
+from server.engines.embedded import Child, EmbeddedEngine
+from server.errors import EngineError
+from server.manifest import Release
+from tests.server.real import ROOT
+
+pytestmark = pytest.mark.anyio
+
+
+def long_request(release: Release) -> ChatRequest:
+    request = conversation.request([Message("user", "Hi")], Wishes(temperature=0.0), release.manifest.prompt)
+    return replace(request, max_tokens=230, stop=())
+
+
+async def test_a_child_that_dies_ends_its_answer_with_an_error_and_is_started_again(release: Release) -> None:
+    engine = EmbeddedEngine(slots=1, threads=1, start_timeout_s=120)
+    await engine.load(release)
+    stream = engine.chat(release.model, long_request(release))
+    assert isinstance(await anext(stream), Delta)
+    pid = engine.child_pid
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="started again"):
+        async for _ in stream:
+            pass
+    async with asyncio.timeout(60):
+        while engine.child_pid == pid or not (await engine.status(release.model)).ready:
+            await asyncio.sleep(0.1)
+    request = replace(long_request(release), max_tokens=2)
+    assert [event async for event in engine.chat(release.model, request)]
+    await engine.close()
+
+
+async def test_a_file_that_is_no_gguf_is_one_clear_error(release: Release, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    engine = EmbeddedEngine(slots=1, threads=1, start_timeout_s=60)
+    with pytest.raises(EngineError, match=r"did not load .*model\.gguf"):
+        await engine.load(replace(release, directory=tmp_path))
+    await engine.close()
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from server.engines.embedded import Child
+from server.manifest import read
+
+async def main():
+    child = Child(read(Path(sys.argv[1])), slots=1, threads=1)
+    await child.start(60)
+    print(child.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_no_child_outlives_a_gateway_that_is_killed(release: Release) -> None:
+    command = [sys.executable, "-c", PARENT, str(release.directory)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    asyncio.run(gone(pid))
+
+
+async def gone(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while _lives(pid):
+            await asyncio.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_other_users_of_the_machine_cannot_ask_the_child(release: Release) -> None:
+    import httpx2
+
+    child = Child(release, slots=1, threads=1)
+    await child.start(60)
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        reply = await client.post(f"{child.address}/completion", json={"prompt": "Hi", "n_predict": 1})
+    await child.close()
+    assert reply.status_code == 401

@@ -1,0 +1,112 @@
+"""`python -m server` as a person meets it: what they can mend is one line and exit code 2; and the real thing, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.manifest import Release
+from tests.server.real import ROOT, clean_environment, free_port, gateway
+from tests.server.scripted import small_release, sse
+
+
+def run(*flags: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, env=clean_environment(**environment)
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr if done.returncode else done.stdout
+
+
+def test_help_names_every_setting_and_the_exit_codes() -> None:
+    code, text = run("--help")
+    assert code == 0
+    assert all(word in text for word in ("--engine", "--releases", "--port", "--ollama-url", "--threads", "--slots", "Exit codes"))
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with gateway("--releases", str(tmp_path)) as running:
+        port = running.url.rpartition(":")[2]
+        code, text = run("--releases", str(tmp_path), "--port", port)
+    assert (code, text.count("\n")) == (2, 1)
+    assert f"port {port} is taken" in text and "--port" in text
+
+
+def test_an_ollama_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    code, text = run("--releases", str(small_release(tmp_path)), "--port", "0", TRINITY_ENGINE="ollama", TRINITY_OLLAMA_URL=url)
+    assert (code, text.count("\n")) == (2, 1)
+    assert f"no Ollama answers at {url}" in text and "ollama serve" in text
+
+
+def test_a_broken_manifest_and_a_changed_gguf_are_one_line_each(tmp_path: Path) -> None:
+    directory = small_release(tmp_path)
+    (directory / "model.gguf").write_bytes(b"GGUF and nothing elsf")
+    changed = run("--releases", str(tmp_path), "--port", "0")
+    (directory / "manifest.json").write_text("{")
+    broken = run("--releases", str(tmp_path), "--port", "0")
+    assert changed[0] == broken[0] == 2
+    assert changed[1].count("\n") == broken[1].count("\n") == 1
+    assert "was changed after its release" in changed[1] and "not valid JSON" in broken[1]
+
+
+def test_settings_that_cannot_be_are_all_named() -> None:
+    code, text = run("--port", "99999", TRINITY_ENGINE="abacus")
+    assert code == 2
+    assert "port" in text and "99999" in text and "engine" in text and "abacus" in text
+    assert run("--colour", "red")[0] == 2
+
+
+def test_without_a_release_it_starts_says_what_to_run_and_stops_when_asked(tmp_path: Path) -> None:
+    with gateway("--releases", str(tmp_path)) as running:
+        assert running.http.get("/healthz").json() == {"status": "ok"}
+        assert "make demo" in running.http.get("/readyz").json()["error"]["message"]
+        code = running.stop()
+    assert code == 0
+    assert any("make demo" in line for line in running.lines)
+
+
+def test_a_release_is_served_by_the_embedded_engine_which_may_die_and_dies_with_the_gateway(release: Release) -> None:
+    with gateway("--releases", str(release.directory), "--threads", "1") as running:
+        assert running.wait_ready()["model"] == release.model
+        probe = release.probes[0]
+        body = {"message": probe.messages[0].content, "temperature": 0}
+        whole = running.http.post("/chat", json=body).json()
+        stream = running.http.post("/chat", json={**body, "stream": True})
+        assert whole["message"]["content"] == probe.answer
+        assert (whole["finish_reason"], whole["usage"]["prompt_tokens"]) == ("stop", len(probe.prompt_ids))
+        assert "".join(item["delta"].get("content", "") for item in sse(stream.text)[:-1]) == probe.answer
+
+        [child] = children(running.process.pid)
+        os.kill(child, signal.SIGKILL)
+        wait_for(lambda: running.http.get("/readyz").status_code == 503)
+        running.wait_ready()
+        assert running.http.post("/chat", json=body).json()["message"]["content"] == probe.answer
+
+        [child] = children(running.process.pid)
+        running.stop(signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: object, timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("word", ["torch", "transformers", "unsloth", "trainer", "xllamacpp"])
+def test_the_gateway_imports_nothing_heavy_and_nothing_of_the_trainer(word: str) -> None:
+    code = "import sys, server.__main__, server.engines.embedded, server.engines.ollama; print(*sys.modules)"
+    names = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert word not in names

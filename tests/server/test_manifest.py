@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import manifest
+from server.errors import ReleaseError
+from tests.server.real import CONTRACT
+from tests.server.scripted import small_release
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return small_release(tmp_path)
+
+
+def edit(directory: Path, change: Callable[[Any], Any]) -> None:
+    path = directory / "manifest.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    change(tree)
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ReleaseError) as caught:
+        manifest.read(directory)
+    return str(caught.value)
+
+
+def test_a_whole_release_is_read_with_its_probes(directory: Path) -> None:
+    release = manifest.read(directory)
+    assert release.model == "trinity:small-0123456789ab"
+    assert release.gguf == directory / "model.gguf"
+    assert release.probes[2].conversation[1].role == "assistant"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest_future.json"])
+def test_the_golden_manifests_are_read_and_what_a_newer_trainer_adds_is_ignored(name: str) -> None:
+    golden = manifest.Manifest.model_validate_json((CONTRACT / name).read_text(encoding="utf-8"))
+    assert (golden.name, golden.prompt.stop, golden.prompt.num_ctx) == ("trinity", ("<end_of_turn>",), 4096)
+
+
+def test_a_gguf_changed_by_one_byte_is_refused(directory: Path) -> None:
+    path = directory / "model.gguf"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    assert "model.gguf was changed after its release" in refusal(directory)
+
+
+def test_missing_and_shortened_files_are_all_named_at_once(directory: Path) -> None:
+    (directory / "model.gguf").unlink()
+    (directory / "probes.jsonl").write_text("")
+    message = refusal(directory)
+    assert "model.gguf is missing" in message and "probes.jsonl has 0 bytes" in message
+
+
+def test_an_unknown_schema_version_is_refused_with_the_remedy(directory: Path) -> None:
+    edit(directory, lambda tree: tree.update(schema_version=2))
+    assert "schema_version is 2 and this server reads 1: update the server" in refusal(directory)
+
+
+def test_a_torn_manifest_and_a_wrong_type_are_each_one_line(directory: Path) -> None:
+    edit(directory, lambda tree: tree["prompt"].update(num_ctx="many"))
+    assert "prompt.num_ctx" in refusal(directory) and "many" in refusal(directory)
+    path = directory / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    assert "not valid JSON" in refusal(directory) and "\n" not in refusal(directory)
+
+
+def test_a_path_that_leads_out_of_the_release_is_refused(directory: Path) -> None:
+    edit(directory, lambda tree: tree["files"]["gguf"].update(path="../model.gguf"))
+    assert "leads out of the release" in refusal(directory)
+
+
+def test_a_release_is_found_by_the_link_or_named_itself(tmp_path: Path) -> None:
+    assert manifest.find(tmp_path) is None
+    directory = small_release(tmp_path)
+    assert manifest.find(tmp_path) == manifest.find(directory) == manifest.find(tmp_path / "current") == directory
+    shutil.rmtree(directory)
+    assert manifest.find(tmp_path) is None
+    directory.mkdir()
+    with pytest.raises(ReleaseError, match="has no manifest"):
+        manifest.find(tmp_path)

@@ -1,0 +1,345 @@
+"""The gateway over HTTP, with an engine that does what each test needs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from server.chat import Delta, Finish, Message, Usage
+from server.errors import EngineError, PromptTooLong
+from tests.server.scripted import ScriptedEngine, serving, small_release, sse
+
+pytestmark = pytest.mark.anyio
+MODEL = "trinity:small-0123456789ab"
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> Path:
+    small_release(tmp_path)
+    return tmp_path
+
+
+def error(reply: httpx2.Response) -> dict[str, Any]:
+    """The error of a reply, which must have the one shape."""
+    tree = reply.json()
+    assert set(tree) == {"error"} and set(tree["error"]) == {"message", "type", "code", "request_id"}
+    assert tree["error"]["request_id"] == reply.headers["x-request-id"]
+    found: dict[str, Any] = tree["error"]
+    return found
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_chat_answers_one_json_object(releases: Path) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        reply = await client.post("/chat", json={"message": "Hi"})
+    tree = reply.json()
+    assert tree.pop("id").startswith("chat-")
+    assert tree == {
+        "model": MODEL,
+        "message": {"role": "assistant", "content": "Hello ü"},
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+    }
+
+
+@pytest.mark.parametrize("how", ["body", "accept"])
+async def test_chat_streams_events_when_asked_to(releases: Path, how: str) -> None:
+    body = {"message": "Hi"} | ({"stream": True} if how == "body" else {})
+    headers = {"Accept": "text/event-stream"} if how == "accept" else {}
+    async with serving(ScriptedEngine(), releases) as client:
+        reply = await client.post("/chat", json=body, headers=headers)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["x-accel-buffering"] == "no"
+    *deltas, last, done = sse(reply.text)
+    assert [item["delta"] for item in deltas] == [{"content": "Hel"}, {"content": "lo ü"}]
+    assert (last["finish_reason"], last["usage"]["total_tokens"], done) == ("stop", 7, "[DONE]")
+
+
+async def test_a_release_decides_what_the_client_left_open_and_the_client_the_rest(releases: Path) -> None:
+    engine = ScriptedEngine()
+    body = {"system": "Be brief.", "message": " Hi<eos> ", "temperature": 0.5, "max_tokens": 7, "seed": 3, "stop": "END"}
+    async with serving(engine, releases) as client:
+        assert (await client.post("/chat", json=body)).status_code == 200
+    request = engine.asked[0]
+    assert request.messages == (Message("system", "Be brief."), Message("user", "Hi<eos >"))
+    assert (request.temperature, request.max_tokens, request.seed) == (0.5, 7, 3)
+    assert (request.top_k, request.top_p, request.stop) == (64, 0.95, ("<end_of_turn>", "END"))
+
+
+async def test_openais_completion_comes_whole_and_in_chunks(releases: Path) -> None:
+    body: dict[str, Any] = {"model": "trinity", "messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "Hi"}]}
+    async with serving(ScriptedEngine(), releases) as client:
+        whole = (await client.post("/v1/chat/completions", json=body)).json()
+        reply = await client.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert whole["object"] == "chat.completion"
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": "Hello ü", "refusal": None}
+    assert (whole["choices"][0]["finish_reason"], whole["usage"]["total_tokens"]) == ("stop", 7)
+    *chunks, usage, done = sse(reply.text)
+    assert all(chunk["object"] == "chat.completion.chunk" and chunk["id"] == chunks[0]["id"] for chunk in chunks)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Hello ü"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
+    assert (usage["choices"], usage["usage"]["completion_tokens"], done) == ([], 2, "[DONE]")
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"n": 2}, "n"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": []}, "messages"),
+    ],
+)
+async def test_what_openais_api_has_and_this_model_has_not_is_refused_by_name(releases: Path, extra: dict[str, Any], name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]} | extra
+    async with serving(ScriptedEngine(), releases) as client:
+        reply = await client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert name in error(reply)["message"]
+
+
+async def test_what_asks_for_nothing_is_ignored_and_content_parts_are_joined(releases: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"messages": [{"role": "user", "content": parts}], "user": "me", "n": 1, "tools": [], "response_format": {"type": "text"}}
+    engine = ScriptedEngine()
+    async with serving(engine, releases) as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert engine.asked[0].messages == (Message("user", "ab"),)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, 'either "message"'),
+        ({"message": "a", "messages": [{"role": "user", "content": "b"}]}, 'either "message"'),
+        ({"message": "a", "temprature": 1}, "temprature"),
+        ({"message": "  "}, "messages[0].content is empty"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "messages[0].role is 'assistant' where 'user'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "messages[1].role is 'user'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "messages[1].role is 'system'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "must end with a user message"),
+        ({"message": "a", "max_tokens": 0}, "max_tokens"),
+        ({"system": "s", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, "one too many"),
+    ],
+)
+async def test_a_conversation_that_cannot_be_is_refused_with_the_place(releases: Path, body: dict[str, Any], words: str) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        reply = await client.post("/chat", json=body)
+    assert reply.status_code == 400
+    assert words in error(reply)["message"]
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
+async def test_a_body_that_is_not_json_is_answered_with_the_curl_line_that_works(releases: Path, path: str) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        form = await client.post(path, content='{"message": "Hi"}', headers={"Content-Type": "application/x-www-form-urlencoded"})
+        bare = await client.post(path, content='{"message": "Hi"}')
+        torn = await client.post(path, content='{"message": ', headers={"Content-Type": "application/json"})
+        listed = await client.post(path, json=["Hi"])
+        binary = await client.post(path, content=b"\xff\xfe\x00", headers={"Content-Type": "application/json"})
+        url = str(client.base_url).rstrip("/") + path
+    assert [reply.status_code for reply in (form, bare, torn, listed, binary)] == [415, 415, 400, 400, 400]
+    for reply in (form, bare, torn, listed, binary):
+        assert f"curl -s {url} -H 'Content-Type: application/json' -d '" in error(reply)["message"]
+
+
+async def test_a_body_that_is_too_large_is_not_read(releases: Path) -> None:
+    async with serving(ScriptedEngine(), releases, max_body_bytes=100) as client:
+        reply = await client.post("/chat", json={"message": "x" * 200})
+    assert reply.status_code == 413
+    assert "100 bytes" in error(reply)["message"]
+
+
+async def test_an_unknown_model_path_or_method_has_the_same_shape_of_error(releases: Path) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        replies = [
+            await client.post("/chat", json={"message": "Hi", "model": "gpt-9"}),
+            await client.get("/nothing"),
+            await client.get("/chat"),
+            await client.get("/docs"),
+        ]
+        named = await client.post("/chat", json={"message": "Hi", "model": MODEL})
+    assert [reply.status_code for reply in replies] == [404, 404, 405, 404]
+    assert "there is 'trinity'" in error(replies[0])["message"]
+    assert all(error(reply)["code"] for reply in replies)
+    assert named.status_code == 200
+
+
+async def test_a_prompt_that_is_too_long_is_a_400_with_both_numbers_even_for_a_stream(releases: Path) -> None:
+    async with serving(ScriptedEngine([PromptTooLong(5000, 4096)]), releases) as client:
+        replies = [await client.post("/chat", json={"message": "Hi", "stream": stream}) for stream in (False, True)]
+    for reply in replies:
+        assert (reply.status_code, error(reply)["code"]) == (400, "context_length_exceeded")
+        assert "5000" in error(reply)["message"] and "4096" in error(reply)["message"]
+
+
+async def test_an_engine_that_breaks_off_is_a_502_and_in_a_stream_an_error_event_without_done(releases: Path) -> None:
+    async with serving(ScriptedEngine([Delta("Hel"), EngineError("gone")]), releases) as client:
+        whole = await client.post("/chat", json={"message": "Hi"})
+        streams = [
+            await client.post("/chat", json={"message": "Hi", "stream": True}),
+            await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+        ]
+    assert (whole.status_code, whole.headers["retry-after"], error(whole)["message"]) == (502, "2", "gone")
+    for reply in streams:
+        last = sse(reply.text)[-1]
+        assert reply.status_code == 200
+        assert (last["error"]["code"], last["error"]["request_id"]) == ("engine_failed", reply.headers["x-request-id"])
+
+
+async def test_an_engine_that_falls_silent_is_stopped(releases: Path) -> None:
+    engine = ScriptedEngine([30.0, *ScriptedEngine().script])
+    async with serving(engine, releases, stall_timeout_s=0.1) as client:
+        reply = await client.post("/chat", json={"message": "Hi"})
+    assert (reply.status_code, error(reply)["code"]) == (504, "engine_stalled")
+    assert (engine.running, engine.cancelled) == (0, 1)
+
+
+async def test_a_bug_of_ours_keeps_the_shape_and_tells_the_client_nothing(releases: Path) -> None:
+    async with serving(ScriptedEngine([ZeroDivisionError("secret")]), releases) as client:
+        reply = await client.post("/chat", json={"message": "Hi"})
+        again = await client.get("/healthz")
+    assert (reply.status_code, error(reply)["code"]) == (500, "internal_error")
+    assert "secret" not in reply.text
+    assert again.status_code == 200
+
+
+async def test_an_idle_stream_carries_pings(releases: Path) -> None:
+    async with serving(ScriptedEngine([Delta("a"), 0.3, Finish("stop", Usage(1, 1))]), releases, ping_s=0.1) as client:
+        reply = await client.post("/chat", json={"message": "Hi", "stream": True})
+    assert reply.text.count(": ping\n\n") == 2
+    assert sse(reply.text)[-1] == "[DONE]"
+
+
+async def test_beyond_slots_and_waiting_room_is_a_503_with_retry_after_and_the_others_are_answered(releases: Path) -> None:
+    engine = ScriptedEngine([0.3, *ScriptedEngine().script], slots=2)
+    async with serving(engine, releases, waiting=1) as client:
+        replies = await asyncio.gather(*(client.post("/chat", json={"message": "Hi"}) for _ in range(5)))
+        after = await client.post("/chat", json={"message": "Hi"})
+    assert sorted(reply.status_code for reply in replies) == [200, 200, 200, 503, 503]
+    refused = [reply for reply in replies if reply.status_code == 503]
+    assert all(reply.headers["retry-after"] == "2" and error(reply)["code"] == "queue_full" for reply in refused)
+    assert after.status_code == 200
+
+
+async def test_a_wait_for_a_slot_has_an_end(releases: Path) -> None:
+    engine = ScriptedEngine([0.5, *ScriptedEngine().script])
+    async with serving(engine, releases, queue_timeout_s=0.1) as client:
+        replies = await asyncio.gather(*(client.post("/chat", json={"message": "Hi"}) for _ in range(2)))
+    assert sorted(reply.status_code for reply in replies) == [200, 503]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_cancels_its_answer_and_frees_the_slot(releases: Path, stream: bool) -> None:
+    engine = ScriptedEngine([Delta("a"), 30.0, Finish("stop", Usage(1, 1))])
+    async with serving(engine, releases) as client:
+        request = asyncio.create_task(_read_some(client, {"message": "Hi", "stream": stream}))
+        await until(lambda: engine.running == 1)
+        await asyncio.sleep(0.1)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await until(lambda: engine.running == 0)
+        engine.script = ScriptedEngine().script
+        assert (await client.post("/chat", json={"message": "Hi"})).status_code == 200
+    assert engine.cancelled == 1
+
+
+async def test_a_client_that_leaves_the_waiting_room_frees_its_place(releases: Path) -> None:
+    engine = ScriptedEngine([0.5, *ScriptedEngine().script])
+    async with serving(engine, releases, waiting=1) as client:
+        first = asyncio.create_task(client.post("/chat", json={"message": "1"}))
+        await until(lambda: engine.running == 1)
+        second = asyncio.create_task(client.post("/chat", json={"message": "2"}))
+        await asyncio.sleep(0.1)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        third = await client.post("/chat", json={"message": "3"})
+        assert (await first).status_code == third.status_code == 200
+    assert [request.messages[0].content for request in engine.asked] == ["1", "3"]
+
+
+async def _read_some(client: httpx2.AsyncClient, body: dict[str, Any]) -> None:
+    async with client.stream("POST", "/chat", json=body) as reply:
+        async for _ in reply.aiter_bytes():
+            pass
+
+
+async def test_models_lists_the_one_that_is_served(releases: Path) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        listed = (await client.get("/v1/models")).json()
+    assert [(entry["id"], entry["release"]) for entry in listed["data"]] == [("trinity", "small-0123456789ab")]
+
+
+async def test_a_request_id_of_the_client_is_kept_if_it_is_sane(releases: Path) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        ids = [(await client.get("/healthz", headers={"X-Request-ID": id})).headers["x-request-id"] for id in ("abc-1", "a b;c", "x" * 99)]
+    assert ids[0] == "abc-1"
+    assert ids[1] != "a b;c" and len(ids[2]) == 32
+
+
+async def test_without_a_release_it_lives_says_what_to_run_and_serves_the_first_that_comes(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    async with serving(engine, tmp_path, wait=False) as client:
+        await asyncio.sleep(0.1)
+        alive, ready, chat, models = [
+            await client.get("/healthz"),
+            await client.get("/readyz"),
+            await client.post("/chat", json={"message": "Hi"}),
+            await client.get("/v1/models"),
+        ]
+        small_release(tmp_path)
+        await until(lambda: bool(engine.loaded))
+        served = await client.post("/chat", json={"message": "Hi"})
+    assert alive.status_code == served.status_code == 200
+    for reply in (ready, chat, models):
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        assert "make demo" in error(reply)["message"]
+
+
+async def test_a_refused_release_is_not_served_and_the_next_one_is(tmp_path: Path) -> None:
+    broken = small_release(tmp_path)
+    (broken / "model.gguf").write_bytes(b"GGUF and nothing elsf")
+    engine = ScriptedEngine()
+    async with serving(engine, tmp_path, wait=False) as client:
+        await asyncio.sleep(0.2)
+        ready = await client.get("/readyz")
+        small_release(tmp_path, "next-0123456789ab")
+        await until(lambda: bool(engine.loaded))
+        after = await client.get("/readyz")
+    assert (ready.status_code, error(ready)["code"]) == (503, "release_refused")
+    assert "was changed after its release" in error(ready)["message"]
+    assert after.json()["model"] == "trinity:next-0123456789ab"
+
+
+async def test_readyz_follows_the_engine(releases: Path) -> None:
+    engine = ScriptedEngine()
+    async with serving(engine, releases) as client:
+        well = await client.get("/readyz")
+        engine.problem = EngineError("unplugged")
+        ill = await client.get("/readyz")
+        engine.problem = None
+    assert well.json() == {"status": "ready", "model": MODEL, "engine": "scripted"}
+    assert (ill.status_code, error(ill)["message"]) == (503, "unplugged")
+
+
+async def test_an_answer_holds_unicode_and_control_characters_whole(releases: Path) -> None:
+    text = "a\u2028b\x85c\x00d\r\n\n e\U0001f468\u200d\U0001f680"
+    async with serving(ScriptedEngine([Delta(text), Finish("stop", Usage(1, 1))]), releases) as client:
+        reply = await client.post("/chat", json={"message": "Hi", "stream": True})
+    assert sse(reply.text)[0]["delta"]["content"] == text
+    assert json.loads(reply.text.split("data: ")[1])["delta"]["content"] == text
