@@ -18,7 +18,7 @@ say() { echo "setup: $*" >&2; }
 find_python() { # prints the interpreter to use: $PYTHON, else the first that fits
   local name
   for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-    "$name" -c 'import sys; sys.exit(1) if not (3, 11) <= sys.version_info[:2] <= (3, 13) else print(sys.executable)' 2>/dev/null && return
+    "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && command -v "$name" && return
   done
   return 1
 }
