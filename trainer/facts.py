@@ -111,6 +111,9 @@ class ExportFacts(Facts):
     checkpoint_step: int
     wall_s: float
     peak_rss_bytes: int
+    base_sha256: str = ""
+    """Hash over the base's NF4 state that was merged."""
+    base_revision: str = ""
 
 
 class Refusal(Facts):
