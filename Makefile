@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help setup setup-server lock check format test test-gpu e2e soak demo bench-demo plan train report serve clean
+.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo plan train report serve clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -39,6 +39,9 @@ check: setup  ## format, lint, types, locks
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 	$(PY) -m mypy
+	@$(MAKE) --no-print-directory check-locks
+
+check-locks:  ## whether requirements/*.txt are what pyproject.toml asks for
 	UV=$$(requirements/setup.sh uv) requirements/lock.sh --check
 
 format: setup  ## let ruff mend what it can

@@ -15,7 +15,21 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-NAMED = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "datasets", "accelerate", "gguf", "xllamacpp", "fastapi", "ollama")
+NAMED = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "unsloth",
+    "datasets",
+    "accelerate",
+    "gguf",
+    "xllamacpp",
+    "fastapi",
+    "ollama",
+)
 """Packages whose versions a figure depends on."""
 
 
