@@ -267,9 +267,11 @@ def _unknown(text: Mapping[str, Any], scaling: Mapping[str, Any], path: Path) ->
     problems = []
     if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear"):
         problems.append(f"{path}: rope scaling {scaling.get('rope_type', scaling.get('type'))!r} is not supported; Gemma 3 has linear")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_bias", "use_bidirectional_attention"):
-        if text.get(key):
-            problems.append(f"{path}: {key} is {text[key]!r}; Gemma 3's released sizes have none, and this one is not supported")
+    problems += [
+        f"{path}: {key} is {text[key]!r}; Gemma 3's released sizes have none, and this one is not supported"
+        for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_bias", "use_bidirectional_attention")
+        if text.get(key)
+    ]
     if text.get("tie_word_embeddings") is False:
         problems.append(f"{path}: tie_word_embeddings is false; Gemma 3 ties the head to the embedding")
     return problems

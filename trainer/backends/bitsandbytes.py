@@ -287,3 +287,19 @@ def _tokenizer_files(source: Path, directory: Path) -> None:
     (directory / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     text = json.dumps(random_weights.TOKENIZER_CONFIG, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+# --- the 8-bit optimizer
+
+
+def adamw8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW with 8-bit state (arXiv 2110.02861); a group with "optim_bits": 32 keeps its state in 32 bit."""
+    from bitsandbytes.optim import AdamW8bit
+
+    class AdamW(AdamW8bit):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config: dict[str, Any] = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group.get("optim_bits", config["optim_bits"])}
+
+    made: torch.optim.Optimizer = AdamW(groups)
+    return made
