@@ -21,7 +21,7 @@ BODIES = {"/chat": ChatBody, "/v1/chat/completions": CompletionBody}
 
 
 def section(title: str, text: str = README) -> str:
-    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+    return text.split(f"## {title}\n")[1].split("\n## ", maxsplit=1)[0]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
