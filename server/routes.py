@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -96,9 +97,8 @@ async def _whole(request: Request, answer: Answer) -> translate.Whole:
 
 async def _stream(gateway: Gateway, request: Request, answer: Answer, opening: str, write: translate.Writer) -> Response:
     """Headers go out only once the first event is there: what fails before that is a plain error with its own status."""
-    try:
+    async with AsyncExitStack() as undo:
+        await undo.enter_async_context(answer)
         await unless_gone(request.receive, answer.start())
-    except BaseException:
-        await answer.aclose()
-        raise
+        undo.pop_all()  # the stream owns the answer from here on
     return EventStream(answer, opening, write, gateway.settings.ping_s, request.state.request_id)

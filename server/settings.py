@@ -74,6 +74,6 @@ def load(argv: Sequence[str] | None = None) -> Settings:
         SetupError: a value that cannot be. (An unknown flag ends the process with argparse's own line and exit code 2.)
     """
     try:
-        return Settings() if argv is None else Settings(_cli_parse_args=list(argv))  # type: ignore[call-arg]
+        return Settings() if argv is None else Settings(_cli_parse_args=list(argv))
     except ValidationError as error:
         raise SetupError(f"settings: {explain(error)}: mend the flag, or the variable TRINITY_<NAME>") from error

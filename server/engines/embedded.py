@@ -14,7 +14,7 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +117,24 @@ class EmbeddedEngine:
     def child_pid(self) -> int | None:
         return self._child.pid if self._child else None
 
+    @property
+    def child_alive(self) -> bool:
+        return self._child is not None and self._child.alive
+
     async def check(self) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
-            raise SetupError("the embedded engine needs the package xllamacpp: pip install 'trinity[demo]', or take --engine ollama")
+            raise SetupError("the embedded engine needs the package xllamacpp: pip install 'trinity[server]', or take --engine ollama")
 
     async def load(self, release: Release) -> str:
         async with self._loading:
             if self._child and self._child.alive and self._child.release == release:
                 return release.sha256
-            child = Child(release, self.slots, self._threads)
-            try:
+            async with AsyncExitStack() as undo:
+                child = Child(release, self.slots, self._threads)
+                undo.push_async_callback(child.close)
                 await child.start(self._start_timeout_s)
                 await probes.check(_Alone(self, child), release.model, release)
-            except BaseException:
-                await child.close()
-                raise
+                undo.pop_all()
             await self._retire()
             self._child = child
             self._keeper = asyncio.create_task(self._keep(child))
@@ -215,7 +218,7 @@ class EmbeddedEngine:
                 await child.start(self._start_timeout_s)
                 log.warning("llama.cpp is back")
             except EngineError as error:
-                log.error("%s", error)
+                log.warning("%s", error)
 
     async def _retire(self) -> None:
         keeper, self._keeper = self._keeper, None

@@ -16,7 +16,7 @@ from typing import Any
 
 def serve(settings: dict[str, Any]) -> Any:
     """Load the model; the returned server answers until it is dropped."""
-    import xllamacpp  # type: ignore[import-untyped]  # ships no types
+    import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = settings["gguf"]

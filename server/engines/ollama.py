@@ -52,7 +52,7 @@ class OllamaEngine:
     async def load(self, release: Release) -> str:
         """Upload what is missing, create NAME:RELEASE, put its probes to it, and only then move NAME:latest."""
         try:
-            await self._upload(release.gguf, release.sha256)
+            await self._upload(release)
             await self._create(release)
             await probes.check(self, release.model, release)
             await self._admin.copy(release.model, f"{release.manifest.name}:latest")
@@ -103,11 +103,12 @@ class OllamaEngine:
         await self._http.aclose()
         await self._admin.close()  # type: ignore[no-untyped-call]  # not annotated there
 
-    async def _upload(self, gguf: Path, sha256: str) -> None:
-        path = f"/api/blobs/sha256:{sha256}"
+    async def _upload(self, release: Release) -> None:
+        path = f"/api/blobs/sha256:{release.sha256}"
         if (await self._http.head(path)).status_code == 200:
             return
-        response = await self._http.post(path, content=_chunks(gguf), headers={"Content-Length": str(gguf.stat().st_size)})
+        size = release.manifest.files["gguf"].num_bytes
+        response = await self._http.post(path, content=_chunks(release.gguf), headers={"Content-Length": str(size)})
         if response.status_code not in (200, 201):
             raise _failure(response.text, response.status_code)
 

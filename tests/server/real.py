@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx2
+import pytest
 
 from server import conversation
 from server.chat import Delta, Message, Wishes
@@ -161,6 +162,13 @@ def ollama_binary() -> str | None:
     return os.environ.get("TRINITY_OLLAMA") or shutil.which("ollama")
 
 
+def absent(why: str) -> NoReturn:
+    """What an e2e test starts from is not here: skipped, but a failure where TRINITY_E2E=require."""
+    if os.environ.get("TRINITY_E2E") == "require":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
 class OllamaProcess:
     """A real Ollama with a home of its own."""
 
@@ -201,16 +209,13 @@ class OllamaProcess:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(timeout=30)
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 @contextmanager
 def ollama(home: Path) -> Iterator[OllamaProcess]:
-    binary = ollama_binary()
-    assert binary, "these tests need a real Ollama: name its binary in TRINITY_OLLAMA, or leave them out with -m 'not e2e'"
+    binary = ollama_binary() or absent("no Ollama in PATH: name its binary in TRINITY_OLLAMA")
     home.mkdir(parents=True, exist_ok=True)
     process = OllamaProcess(binary, home)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,23 @@ def small_release(releases: Path, name: str = "small-0123456789ab", **prompt: An
     return directory
 
 
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # what is waited for happens in other code, often in another process
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def serving(engine: ScriptedEngine, releases: Path, *, wait: bool = True, **changes: Any) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a real uvicorn on a free port."""
     app = create_app(Settings(releases=releases, slots=engine.slots, **changes), engine)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     running = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-            while wait and not engine.loaded:
-                await asyncio.sleep(0.01)
+            await until(lambda: bool(engine.loaded) or not wait)
             yield client
     finally:
         server.should_exit = True

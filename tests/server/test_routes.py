@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from server.chat import Delta, Finish, Message, Usage
 from server.errors import EngineError, PromptTooLong
-from tests.server.scripted import ScriptedEngine, serving, small_release, sse
+from tests.server.scripted import ScriptedEngine, serving, small_release, sse, until
 
 pytestmark = pytest.mark.anyio
 MODEL = "trinity:small-0123456789ab"
@@ -32,12 +31,6 @@ def error(reply: httpx2.Response) -> dict[str, Any]:
     assert tree["error"]["request_id"] == reply.headers["x-request-id"]
     found: dict[str, Any] = tree["error"]
     return found
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_chat_answers_one_json_object(releases: Path) -> None:

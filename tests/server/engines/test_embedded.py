@@ -18,6 +18,7 @@ from server.engines.embedded import Child, EmbeddedEngine
 from server.errors import EngineError
 from server.manifest import Release
 from tests.server.real import ROOT
+from tests.server.scripted import until
 
 pytestmark = pytest.mark.anyio
 
@@ -38,9 +39,9 @@ async def test_a_child_that_dies_ends_its_answer_with_an_error_and_is_started_ag
     with pytest.raises(EngineError, match="started again"):
         async for _ in stream:
             pass
-    async with asyncio.timeout(60):
-        while engine.child_pid == pid or not (await engine.status(release.model)).ready:
-            await asyncio.sleep(0.1)
+    await until(lambda: engine.child_pid != pid, 60)
+    await until(lambda: engine.child_alive, 60)
+    assert (await engine.status(release.model)).ready
     request = replace(long_request(release), max_tokens=2)
     assert [event async for event in engine.chat(release.model, request)]
     await engine.close()
@@ -76,13 +77,7 @@ def test_no_child_outlives_a_gateway_that_is_killed(release: Release) -> None:
         assert parent.stdout
         pid = int(parent.stdout.readline())
         parent.kill()
-    asyncio.run(gone(pid))
-
-
-async def gone(pid: int) -> None:
-    async with asyncio.timeout(10):
-        while _lives(pid):
-            await asyncio.sleep(0.05)
+    asyncio.run(until(lambda: not _lives(pid)))
 
 
 def _lives(pid: int) -> bool:
