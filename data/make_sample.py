@@ -64,30 +64,28 @@ def days(chance: random.Random) -> Days:
     ]
     weekday, month = chance.randrange(7), chance.randrange(12)
     name, month_name = WEEKDAYS[weekday], MONTHS[month]
-    if kind == "weekday":
-        return Days(chance.choice((f"every {name}", f"on {name}s", f"each {name}")), "*", "*", str(weekday))
-    if kind == "week":
-        return Days(chance.choice(("on weekdays", "every weekday")), "*", "*", "1-5")
-    if kind == "weekend":
-        return Days(chance.choice(("on weekends", "every weekend")), "*", "*", "0,6")
-    if kind == "day":
-        day = chance.randint(1, 28)
-        return Days(
-            chance.choice((f"on day {day} of every month", f"on day {day} of the month", f"monthly on day {day}")), str(day), "*", "*"
-        )
-    if kind == "date":
-        day = chance.randint(1, DAYS_IN_MONTH[month])
-        return Days(
-            chance.choice((f"on {month_name} {day}", f"on {day} {month_name}", f"every year on {month_name} {day}")),
-            str(day),
-            str(month + 1),
-            "*",
-        )
-    if kind == "month":
-        return Days(chance.choice((f"every day in {month_name}", f"daily in {month_name}")), "*", str(month + 1), "*")
-    if kind == "weekday in month":
-        return Days(chance.choice((f"every {name} in {month_name}", f"on {name}s in {month_name}")), "*", str(month + 1), str(weekday))
-    return Days(chance.choice(("every day", "daily", "each day")), "*", "*", "*")
+    in_month, on_weekday = str(month + 1), str(weekday)
+    fields = ("*", "*", "*")
+    match kind:
+        case "all":
+            words = ["every day", "daily", "each day"]
+        case "weekday":
+            words, fields = [f"every {name}", f"on {name}s", f"each {name}"], ("*", "*", on_weekday)
+        case "week":
+            words, fields = ["on weekdays", "every weekday"], ("*", "*", "1-5")
+        case "weekend":
+            words, fields = ["on weekends", "every weekend"], ("*", "*", "0,6")
+        case "day":
+            day = str(chance.randint(1, 28))
+            words, fields = [f"on day {day} of every month", f"on day {day} of the month", f"monthly on day {day}"], (day, "*", "*")
+        case "date":
+            day = str(chance.randint(1, DAYS_IN_MONTH[month]))
+            words, fields = [f"on {month_name} {day}", f"on {day} {month_name}", f"every year on {month_name} {day}"], (day, in_month, "*")
+        case "month":
+            words, fields = [f"every day in {month_name}", f"daily in {month_name}"], ("*", in_month, "*")
+        case "weekday in month":
+            words, fields = [f"every {name} in {month_name}", f"on {name}s in {month_name}"], ("*", in_month, on_weekday)
+    return Days(chance.choice(words), *fields)
 
 
 def schedules(chance: random.Random) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ MOST_LISTED = 20
 """Problems that are shown one by one; the others are counted."""
 
 README = "see data/README.md"
+_MEND = "mend the list there; what follows was not read"
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -118,12 +119,13 @@ class Reader:
             if separator and text[at : at + 1] == separator:
                 at, separator = at + 1, ""
                 continue
+            if separator or at >= len(text):
+                self._report(line, _broken("a ',' or the closing ']' is missing", text, at, _MEND))
+                return
             try:
-                if separator or at >= len(text):
-                    raise json.JSONDecodeError("a ',' or the closing ']' is missing", text, at)
                 tree, at = decoder.raw_decode(text, at)
             except json.JSONDecodeError as error:
-                self._report(error.lineno, _broken(error.msg, text, error.pos, "mend the list there; what follows was not read"))
+                self._report(error.lineno, _broken(error.msg, text, error.pos, _MEND))
                 return
             separator = ","
             yield line, tree

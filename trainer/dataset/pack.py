@@ -31,8 +31,7 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         free[node] -= length
         while node > 1:
             node //= 2
-            left, right = free[2 * node], free[2 * node + 1]
-            free[node] = left if left > right else right
+            free[node] = max(free[2 * node], free[2 * node + 1])
     return rows
 
 

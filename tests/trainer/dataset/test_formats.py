@@ -29,7 +29,7 @@ def read(path: Path, wanted: str = "auto") -> tuple[str, list[tuple[int, list[tu
 def problems(path: Path, wanted: str = "auto") -> list[str]:
     with pytest.raises(DataError) as caught:
         read(path, wanted)
-    assert all(problem.startswith(f"{path}:") or problem.startswith("... and") for problem in caught.value.problems)
+    assert all(problem.startswith((f"{path}:", "... and")) for problem in caught.value.problems)
     return [problem.removeprefix(f"{path}:") for problem in caught.value.problems]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,12 +182,12 @@ def test_conversations_wait_on_disk_in_order_and_leave_nothing_behind(tmp_path: 
 
     cache = tmp_path / "cache"
     with datasets.spooled(made(), cache) as spool:
-        assert len(spool) == 2500 and os.listdir(cache)
+        assert len(spool) == 2500 and any(cache.iterdir())
         for _ in range(2):
             batches = list(spool.batches(1000))
             assert [len(batch) for batch in batches] == [1000, 1000, 500]
             assert [row for batch in batches for row in batch] == list(made())
-    assert not os.listdir(cache)
+    assert not any(cache.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -225,27 +224,16 @@ def test_every_answer_of_the_sample_is_the_right_one(generator: ModuleType) -> N
 
 
 def second_reading(text: str, weekdays: tuple[str, ...], months: tuple[str, ...]) -> str:
-    minute = hour = day = month = weekday = "*"
-    if found := re.search(r"(\d\d):(\d\d)", text):
-        hour, minute = (str(int(part)) for part in found.groups())
-    if found := re.search(r"(\d+) minutes", text):
-        minute = f"*/{found[1]}"
-    if found := re.search(r"(\d+) hours", text):
-        hour = f"*/{found[1]}"
-    if found := re.search(r"at minute (\d+)", text):
-        minute = found[1]
-    for number, name in enumerate(weekdays):
-        if name in text:
-            weekday = str(number)
-    for number, name in enumerate(months, 1):
-        if name in text:
-            month = str(number)
-            if found := re.search(rf"{name} (\d+)\b(?!:)|\b(\d+) {name}", text):
-                day = found[1] or found[2]
-    if found := re.search(r"day (\d+)", text):
-        day = found[1]
-    if "weekday" in text:
-        weekday = "1-5"
-    if "weekend" in text:
-        weekday = "0,6"
-    return f"{minute} {hour} {day} {month} {weekday}"
+    def first(*patterns: str) -> str:
+        return next((found[1] for pattern in patterns if (found := re.search(pattern, text))), "")
+
+    def named(names: tuple[str, ...], start: int) -> str:
+        return next((str(number) for number, name in enumerate(names, start) if name in text), "")
+
+    any_month = "|".join(months)
+    step, every = first(r"(\d+) minutes"), first(r"(\d+) hours")
+    minute = f"*/{step}" if step else str(int(first(r":(\d\d)", r"at minute (\d+)")))
+    hour = f"*/{every}" if every else str(int(first(r"(\d\d):") or -1)).replace("-1", "*")
+    day = first(r"day (\d+)", rf"(?:{any_month}) (\d+)\b(?!:)", rf"(\d+) (?:{any_month})") or "*"
+    weekday = "1-5" if "weekday" in text else "0,6" if "weekend" in text else named(weekdays, 0) or "*"
+    return f"{minute} {hour} {day} {named(months, 1) or '*'} {weekday}"
