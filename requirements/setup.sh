@@ -15,9 +15,9 @@ newest_cuda=580
 
 say() { echo "setup: $*" >&2; }
 
-find_python() { # prints the interpreter to use: $PYTHON, else the first that fits
+find_python() { # prints the interpreter to use: $PYTHON, else the one of the last time, else the first that fits
   local name
-  for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  for name in ${PYTHON:-$(cat $venv/.python 2>/dev/null) python3 python3.13 python3.12 python3.11}; do
     "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && command -v "$name" && return
   done
   return 1
@@ -107,14 +107,14 @@ cpu_build() { # tried without patience first, so that a network that swallows pa
     install --no-deps --torch-backend=cpu "$@"
 }
 
-python=$(find_python) || python=""
 driver=$(find_driver)
 case $environment in
-  uv) find_uv; exit ;;
   server) venv=.venv-server locks="server" ;;
-  trainer) venv=.venv locks="$([ -n "$driver" ] && echo trainer || echo demo) server dev" ;;
+  trainer | uv) venv=.venv locks="$([ -n "$driver" ] && echo trainer || echo demo) server dev" ;;
   *) say "what is '$environment'? nothing: the trainer's environment; server: the server's; uv: where uv is"; exit 2 ;;
 esac
+python=$(find_python) || python=""
+if [ "$environment" = uv ]; then find_uv; exit; fi
 wanted=$(cat requirements/setup.sh requirements/*.txt <(echo "$python $driver $locks") | sha256sum)
 if [ "$(cat $venv/.ready 2>/dev/null)" = "$wanted" ] && [ -x $venv/bin/python ]; then exit 0; fi
 
@@ -125,5 +125,6 @@ say "$venv with $("$python" -V) for: $locks"
 [ "$environment" = server ] || install_torch
 locked $locks
 "$uv" pip check --quiet --python "$venv/bin/python"
+echo "$python" >"$venv/.python"
 echo "$wanted" >"$venv/.ready"
 say "$venv is ready"

@@ -157,6 +157,13 @@ def test_a_second_setup_does_nothing_and_a_changed_lock_or_driver_makes_it_anew(
     assert any("trainer.txt" in line for line in machine.told)
 
 
+def test_a_python_that_was_named_once_stays(machine: Machine) -> None:
+    machine.add("python3.13", FAKE_PYTHON)
+    assert machine.setup(PYTHON="python3.13").returncode == 0
+    again = machine.setup()
+    assert (again.returncode, again.stderr) == (0, "")
+
+
 def test_an_install_that_fails_leaves_nothing_that_counts_as_ready(machine: Machine) -> None:
     failing = FAKE_UV.replace('" venv "', '*"-r requirements"*) exit 1 ;;\n  " venv "')
     machine.add("uv", failing)
