@@ -60,7 +60,7 @@ def test_a_template_with_one_newline_too_many_is_seen() -> None:
 
 
 def jinja(source: str, messages: Sequence[Mapping[str, str]]) -> str:
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701  # prompts are not HTML
     return environment.from_string(source).render(messages=messages, bos_token="<bos>", add_generation_prompt=True)
 
 

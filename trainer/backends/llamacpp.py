@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
@@ -62,7 +63,7 @@ class Engine:
         if not self._gguf.is_file():
             raise EngineError(f"{self._gguf}: no such GGUF; run the stage export first")
         options = {"path": str(self._gguf), "n_ctx": self._num_ctx, "threads": self._threads, "slots": self._slots}
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # closed in __exit__
         self._child = subprocess.Popen(
             [sys.executable, "-m", "trainer.backends.llamacpp", json.dumps(options)],
             cwd=ROOT,
@@ -71,11 +72,10 @@ class Engine:
             stderr=self._log,
             start_new_session=True,  # Ctrl-C is for the trainer, which then lets go of the child
         )
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._end)
             self._host = self._greeting()
-        except BaseException:
-            self._end()
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -37,9 +37,9 @@ _KEY = re.compile(r"\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.(lora_A|lora_B|lo
 class Part:
     """What an adapter adds to one linear."""
 
-    a_RI: Array
-    b_OR: Array
-    m_O: Array | None
+    a_RI: Array  # noqa: N815  # shape suffix
+    b_OR: Array  # noqa: N815  # shape suffix
+    m_O: Array | None  # noqa: N815  # shape suffix
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def merged(w_OI: Rows, part: Part | None, scale: float, start: int, stop: int) -
     w = w_OI[start:stop]
     if part is None:
         return w
-    v: Array = (np.float32(scale) * part.b_OR[start:stop]) @ part.a_RI
+    v: Array = np.matmul(part.b_OR[start:stop] * np.float32(scale), part.a_RI, dtype=np.float32)
     v += w
     if part.m_O is not None:
         # The norm's sum runs over up to 15,360 squares: numpy adds them pairwise, so float32 is enough.

@@ -50,7 +50,7 @@ def prompt(export: Export, rewrite: Iterable[tuple[str, str]], strip: Iterable[s
         num_ctx=export.num_ctx,
         sampling=export.sampling,
         rewrite=tuple(Rewrite(old=old, new=new) for old, new in rewrite),
-        strip=tuple(strip),  # type: ignore[arg-type]  # pydantic checks the roles
+        strip=tuple(strip),  # pydantic checks the roles
     )
 
 

@@ -90,6 +90,7 @@ def write(
     quantize: Quantize,
     threads: int,
     advance: Callable[[float], None],
+    block_values: int = BLOCK_VALUES,
 ) -> Written:
     """Write the file; `advance` is told the bytes of tensors as they are done.
 
@@ -104,7 +105,7 @@ def write(
         _pad(file, digest)
         in_flight: deque[tuple[Future[Bytes], bool]] = deque()
         for item in plans:
-            for work, last in _blocks(item, base, adapter, quantize):
+            for work, last in _blocks(item, base, adapter, quantize, block_values):
                 in_flight.append((pool.submit(work), last))
                 if len(in_flight) > 2 * threads:
                     advance(_take(in_flight, file, digest))
@@ -133,7 +134,9 @@ def _pad(file: BinaryIO, digest: hashlib._Hash) -> None:
     digest.update(zeros)
 
 
-def _blocks(item: Plan, base: Base, adapter: Adapter | None, quantize: Quantize) -> Iterator[tuple[Callable[[], Bytes], bool]]:
+def _blocks(
+    item: Plan, base: Base, adapter: Adapter | None, quantize: Quantize, block_values: int
+) -> Iterator[tuple[Callable[[], Bytes], bool]]:
     """The pieces of work of one tensor, each with whether it is the last."""
     tensor, kind = item.tensor, item.kind
     weights = _fetch(tensor, base)
@@ -144,7 +147,7 @@ def _blocks(item: Plan, base: Base, adapter: Adapter | None, quantize: Quantize)
         return
     part = adapter.parts.get((tensor.layer, tensor.linear)) if adapter and tensor.layer is not None and tensor.linear else None
     scale = adapter.scale if adapter else 0.0
-    rows = max(1, BLOCK_VALUES // tensor.shape[1])
+    rows = max(1, block_values // tensor.shape[1])
     for start in range(0, tensor.shape[0], rows):
         stop = min(start + rows, tensor.shape[0])
         yield _block(weights, part, scale, start, stop, kind, quantize, tensor.gguf), stop == tensor.shape[0]

@@ -82,7 +82,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> VerifyFacts:
     clock = Clock(60 * cfg.verify.minutes)
     with Engine(gguf, num_ctx=cfg.export.num_ctx, threads=len(os.sched_getaffinity(0))) as engine:
         unequal = [one for one in asked if engine.tokenize(one.prompt, add_bos=True) != one.prompt_ids]
-        compared = _compare(engine, asked, reference, clock)
+        compared = compare(engine, asked, reference, clock)
         served = _answer(engine, asked, cfg.evaluate.max_new_tokens, clock)
     _write_served(out / "served.jsonl", asked, served)
     _write_probes(out / "probes.jsonl", asked, served)
@@ -191,7 +191,7 @@ def _facts(
 # --- measuring
 
 
-def _compare(engine: Engine, asked: Sequence[Asked], reference: Mapping[int, list[dict[int, float]]], clock: Clock) -> Compared:
+def compare(engine: Engine, asked: Sequence[Asked], reference: Mapping[int, list[dict[int, float]]], clock: Clock) -> Compared:
     """Next-token distributions along the tuned model's own answers, within half of the time that is left."""
     order = sorted(reference, key=lambda at: len(asked[at].prompt_ids) + len(reference[at]))
     costs = [len(asked[at].prompt_ids) + len(reference[at]) for at in order]
@@ -222,12 +222,12 @@ def _answer(engine: Engine, asked: Sequence[Asked], max_new_tokens: int, clock: 
     served: dict[int, Completion] = {}
     with progress.task("answering with the GGUF", len(order), "answers") as task:
         started = time.monotonic()
-        for part in (order[:LEAST], order[LEAST:]):
+        for first, last in ((0, LEAST), (LEAST, len(order))):
             if served:
                 speed = (time.monotonic() - started) / sum(costs[:LEAST])
-                part = part[: affordable(costs[LEAST:], speed, clock.left_s, least=0)]
-            answers = engine.complete_all([asked[at].prompt_ids for at in part], max_new_tokens, task.advance)
-            served |= dict(zip(part, answers, strict=True))
+                last = LEAST + affordable(costs[LEAST:], speed, clock.left_s, least=0)  # noqa: PLW2901  # cut to the time
+            answers = engine.complete_all([asked[at].prompt_ids for at in order[first:last]], max_new_tokens, task.advance)
+            served |= dict(zip(order[first:last], answers, strict=True))
     return dict(sorted(served.items()))
 
 

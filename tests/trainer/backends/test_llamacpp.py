@@ -107,7 +107,10 @@ def test_a_gguf_that_is_not_whole_is_one_clear_error(file: Path, tmp_path: Path)
     torn.write_bytes(file.read_bytes()[:200_000])
     with pytest.raises(EngineError, match=r"torn\.gguf: llama\.cpp .*export again"), Engine(torn, num_ctx=512, threads=1):
         pass
-    with pytest.raises(EngineError, match="no such GGUF; run the stage export first"), Engine(tmp_path / "none.gguf", num_ctx=512, threads=1):
+    with (
+        pytest.raises(EngineError, match="no such GGUF; run the stage export first"),
+        Engine(tmp_path / "none.gguf", num_ctx=512, threads=1),
+    ):
         pass
 
 

@@ -19,7 +19,14 @@ TINY = SIZES["tiny"]
 
 
 def adapter(folder: Path, *, rank: int = 4, **settings: Any) -> Path:
-    config = {"r": rank, "lora_alpha": 8, "use_rslora": True, "use_dora": True, "target_modules": ["q_proj", "down_proj"], "bias": "none"} | settings
+    config = {
+        "r": rank,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "use_dora": True,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "none",
+    } | settings
     random, tensors = np.random.default_rng(1), {}
     for layer in range(TINY.num_layers):
         for name in ("q_proj", "down_proj"):
@@ -103,7 +110,7 @@ def test_a_missing_magnitude_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"]
     save_file(tensors, path)
-    with pytest.raises(ArtifactError, match="layers.1.down_proj.lora_magnitude_vector: missing"):
+    with pytest.raises(ArtifactError, match=r"layers\.1\.down_proj.lora_magnitude_vector: missing"):
         merge.read(tmp_path, TINY)
 
 
@@ -112,7 +119,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][3, 1] = np.nan
     save_file(tensors, path)
-    with pytest.raises(ArtifactError, match="layers.1.down_proj.lora_B: holds NaN or infinity"):
+    with pytest.raises(ArtifactError, match=r"layers\.1\.down_proj.lora_B: holds NaN or infinity"):
         merge.read(tmp_path, TINY)
 
 

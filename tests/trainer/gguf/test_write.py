@@ -42,11 +42,13 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def written(path: Path, size: Size, base: Any, tokenizer_json: Path, threads: int = 2) -> tuple[write.Written, float]:
+def written(
+    path: Path, size: Size, base: Any, tokenizer_json: Path, threads: int = 2, block_values: int = write.BLOCK_VALUES
+) -> tuple[write.Written, float]:
     seen: list[float] = []
     done = write.write(
         path, size, base, None, tokenizer_json, name="test", chat_template=modelfile.CHAT_TEMPLATE, quantization="q4_k_m",
-        quantize=llamacpp.quantizer(), threads=threads, advance=seen.append,
+        quantize=llamacpp.quantizer(), threads=threads, advance=seen.append, block_values=block_values,
     )  # fmt: skip
     return done, sum(seen)
 
@@ -106,7 +108,7 @@ def test_a_size_that_llama_cpp_would_scale_otherwise_is_refused() -> None:
     from dataclasses import replace
 
     write._add_model(gguf.GGUFWriter(None, "gemma3"), SIZES["27b"], "x", "q4_k_m")
-    with pytest.raises(ModelError, match="llama.cpp scales attention"):
+    with pytest.raises(ModelError, match=r"llama\.cpp scales attention"):
         write._add_model(gguf.GGUFWriter(None, "gemma3"), replace(SIZES["tiny"], query_pre_attn_scalar=256.0), "x", "q4_k_m")
 
 
@@ -124,9 +126,8 @@ def test_what_is_read_back_is_what_went_in(tiny_file: Path) -> None:
         assert error <= (0 if item.kind.name == "F32" else write.MAX_ROW_ERROR[item.kind]), item.tensor.gguf
 
 
-def test_blocks_and_threads_do_not_change_a_byte(tiny_file: Path, tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "BLOCK_VALUES", 4096)
-    written(tmp_path / "small.gguf", SIZES["tiny"], Random(SIZES["tiny"]), tokenizer_json, threads=3)
+def test_blocks_and_threads_do_not_change_a_byte(tiny_file: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    written(tmp_path / "small.gguf", SIZES["tiny"], Random(SIZES["tiny"]), tokenizer_json, threads=3, block_values=4096)
     assert (tmp_path / "small.gguf").read_bytes() == tiny_file.read_bytes()
 
 

@@ -34,7 +34,9 @@ def test_the_modelfile_names_the_gguf_and_closes_the_template_without_a_newline(
 
 
 def test_the_adapter_alone_says_what_was_trained(chain: Any, tmp_path: Path) -> None:
-    other = chain.cfg.model_copy(update={"adapter": chain.cfg.adapter.model_copy(update={"rank": 2, "alpha": 1.0, "rslora": False, "dora": False})})
+    other = chain.cfg.model_copy(
+        update={"adapter": chain.cfg.adapter.model_copy(update={"rank": 2, "alpha": 1.0, "rslora": False, "dora": False})}
+    )
     assert export.run(other, chain.inputs, tmp_path).gguf_sha256 == chain.facts.gguf_sha256
     read = {node.attr for node in ast.walk(ast.parse(Path(export.__file__).read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
     assert not read & {"adapter", "train"}

@@ -46,7 +46,9 @@ def test_a_release_is_whole_and_says_so(chain: Any, inputs: Any, tmp_path: Path)
 
 def test_an_equal_release_has_an_equal_name_and_a_changed_one_another(chain: Any, inputs: Any, tmp_path: Path) -> None:
     names = []
-    for number, cfg in enumerate((chain.cfg, chain.cfg, chain.cfg.model_copy(update={"export": chain.cfg.export.model_copy(update={"num_ctx": 300})}))):
+    for number, cfg in enumerate(
+        (chain.cfg, chain.cfg, chain.cfg.model_copy(update={"export": chain.cfg.export.model_copy(update={"num_ctx": 300})}))
+    ):
         (tmp_path / str(number)).mkdir()
         names.append(release.run(cfg, inputs, tmp_path / str(number)).release)
     assert names[0] == names[1] != names[2]
@@ -55,7 +57,9 @@ def test_an_equal_release_has_an_equal_name_and_a_changed_one_another(chain: Any
 def test_a_waived_limit_stands_in_the_manifest(chain: Any, inputs: Any, tmp_path: Path) -> None:
     from trainer.facts import Refusal
 
-    waived = inputs.facts(VerifyFacts).model_copy(update={"verified": False, "waived": (Refusal(link="kl", message="0.5 nats (limit 0.1)"),)})
+    waived = inputs.facts(VerifyFacts).model_copy(
+        update={"verified": False, "waived": (Refusal(link="kl", message="0.5 nats (limit 0.1)"),)}
+    )
     release.run(chain.cfg, inputs._replace(known={**inputs.known, VerifyFacts: waived}), tmp_path)
     parity = Manifest.model_validate_json((tmp_path / "manifest.json").read_bytes()).parity
     assert not parity.verified and parity.waived[0].message == "0.5 nats (limit 0.1)"

@@ -118,7 +118,7 @@ def test_one_changed_byte_is_refused_before_anything_is_loaded(chain: Any, tmp_p
         file.seek(-1000, 2)
         file.write(bytes([byte[0] ^ 1]))
     inputs = chain.inputs._replace(directories={**chain.inputs.directories, "export": folder})
-    with pytest.raises(RefusedError, match="hash: .* is not the file that export wrote"):
+    with pytest.raises(RefusedError, match=r"hash: .* is not the file that export wrote"):
         verify.run(chain.cfg, inputs, tmp_path)
 
 
