@@ -71,7 +71,7 @@ find_uv() { # prints a uv: PATH's, else one brought by pip, else one brought by 
     if is_new_uv "$candidate"; then echo "$candidate"; return; fi
   done
   say "bringing uv into .tools"
-  if "$python" -m pip install --quiet --upgrade --target .tools uv >&2 && is_new_uv .tools/bin/uv; then echo .tools/bin/uv; return; fi
+  if PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --upgrade --target .tools uv >&2 && is_new_uv .tools/bin/uv; then echo .tools/bin/uv; return; fi
   if "$python" -m venv .tools/venv >&2 && .tools/venv/bin/pip install --quiet uv >&2 && is_new_uv .tools/venv/bin/uv; then echo .tools/venv/bin/uv; return; fi
   say "neither uv, nor pip, nor venv is here: apt-get install -y python3-venv, or see https://docs.astral.sh/uv"
   return 1
@@ -93,7 +93,7 @@ install_torch() {
     locked torch
   elif [ -n "$driver" ]; then
     say "NVIDIA driver $driver is older than CUDA 13 wants ($newest_cuda): the same torch built for this driver, from PyTorch's index, hashes NOT checked"
-    install --torch-backend=auto $versions
+    install --torch-backend=auto $versions || { say "that index cannot be reached, or has no such build: update the driver to $newest_cuda or newer, then the locked build is taken"; exit 2; }
   elif cpu_build $versions; then
     say "no NVIDIA card: torch's CPU build from PyTorch's index, hashes NOT checked"
   else

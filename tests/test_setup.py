@@ -18,6 +18,7 @@ if [ "$1" = --version ]; then echo "uv ${FAKE_UV_VERSION:-0.13.0}"; exit; fi
 echo "$*" >>"$RECORD"
 case " $* " in
   " venv "*) mkdir -p "${!#}/bin" && touch "${!#}/bin/python" && chmod +x "${!#}/bin/python" ;;
+  *--torch-backend=auto*) exit "${AUTO_INDEX_ANSWERS_WITH:-0}" ;;
   *--dry-run*) exit "${CPU_INDEX_ANSWERS_WITH:-0}" ;;
 esac
 """
@@ -115,6 +116,13 @@ def test_an_older_driver_gets_the_same_torch_for_its_cuda_unhashed_and_is_told_s
     assert "requirements/trainer.txt" in second
     assert f"driver {driver.split('.', maxsplit=1)[0]} is older" in done.stderr
     assert "hashes NOT checked" in done.stderr
+
+
+def test_an_older_driver_without_that_index_is_told_what_helps(machine: Machine) -> None:
+    machine.add("nvidia-smi", FAKE_SMI)
+    done = machine.setup(DRIVER="535.1", AUTO_INDEX_ANSWERS_WITH="2")
+    assert done.returncode == 2
+    assert "update the driver to 580 or newer" in done.stderr
 
 
 def test_without_a_card_the_cpu_build_is_taken_where_its_index_answers(machine: Machine) -> None:
