@@ -130,7 +130,7 @@ def environment_reads(module: Module) -> Iterator[str]:
         names = [f"os.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) and node.module == "os" else []
         names += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
         if {"os.environ", "os.environb", "os.getenv"} & set(names):
-            yield f"{module.name}:{node.lineno} reads the environment"
+            yield f"{module.name} reads the environment: {ast.unparse(node)}"
 
 
 def oversize(module: Module) -> Iterator[str]:
@@ -225,7 +225,7 @@ ALLOWED: tuple[tuple[Rule, str, str], ...] = (
 
 
 def named(value: object) -> str | None:
-    return value.__name__ if callable(value) else None
+    return getattr(value, "__name__", None)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)

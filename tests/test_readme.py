@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
 from server import settings
 from server.schemas import ChatBody, CompletionBody
 from trainer import config, errors
@@ -17,7 +19,7 @@ from trainer.__main__ import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BODIES = {"/chat": ChatBody, "/v1/chat/completions": CompletionBody}
+BODIES: dict[str, type[BaseModel]] = {"/chat": ChatBody, "/v1/chat/completions": CompletionBody}
 
 
 def section(title: str, text: str = README) -> str:
