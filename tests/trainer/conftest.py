@@ -13,7 +13,7 @@ import pytest
 from trainer.config import Config, load
 from trainer.facts import Facts
 
-WORDS = "every day at noon minute hour five two monday march night".split()
+WORDS = ["every", "day", "at", "noon", "minute", "hour", "five", "two", "monday", "march", "night"]
 
 
 class Published(NamedTuple):

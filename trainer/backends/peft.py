@@ -1,8 +1,9 @@
-"""Wall around PEFT: make, save and load the adapter, and run DoRA with row norms that are computed once.
+"""Wall around PEFT: make, save and load the adapter, and run DoRA with row norms that are kept.
 
 PEFT computes y = g * (W x + s B A x) with g = m / n, n_o = |W_o + s (B A)_o|, and builds n anew in every forward pass, from
-eye(d_in), the dense B A and the dequantised W. While nothing trains n is a constant, so `frozen_norms` puts another object
-with the same forward at PEFT's seam, `layer.lora_variant[adapter]`: one product with g in place of all that.
+eye(d_in), the dense B A and the dequantised W, and once more for a checkpoint's recomputation. But n only changes with the
+weights: once an optimizer step in training, never in evaluation. So another object with the same forward stands at PEFT's
+seam, `layer.lora_variant[adapter]`: one product with g in place of all that.
 """
 
 from __future__ import annotations
@@ -90,26 +91,50 @@ def layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_variant") and NAME in module.lora_A]
 
 
-class FrozenNorms:
-    """DoRA's forward with a constant gain g [out]; stands where PEFT's DoraLinearVariant stood."""
+class KeptNorms:
+    """DoRA's forward with row norms [out] that somebody else computes; stands where PEFT's DoraLinearVariant stood.
 
-    def __init__(self, gain: Tensor) -> None:
-        self.gain = gain
+    PEFT treats n as a constant in backward too (arXiv 2402.09353, section 4.3), so gradients are the same.
+    """
+
+    def __init__(self, norms: Tensor) -> None:
+        self.norms = norms
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """result: W x, without bias."""
         update = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
-        return self.gain.to(result.dtype) * (result + update.to(result.dtype))
+        gain = module.lora_magnitude_vector[active_adapter].weight / self.norms
+        return gain.to(result.dtype) * (result + update.to(result.dtype))
+
+
+def keep_norms(model: Any) -> bool:
+    """Compute DoRA's norms now and use them until refresh_norms(); false where PEFT's own forward must stay.
+
+    With dropout it must: there W sees the dropped x, too.
+    """
+    dora = _dora(model)
+    if not dora or any(not isinstance(layer.lora_dropout[NAME], torch.nn.Identity) for layer in dora):
+        return False
+    for layer in dora:
+        layer.lora_variant[NAME] = KeptNorms(norms(layer))
+    return True
+
+
+def refresh_norms(model: Any) -> None:
+    """To be called after every optimizer step of a model whose norms are kept."""
+    for layer in _dora(model):
+        if isinstance(layer.lora_variant[NAME], KeptNorms):
+            layer.lora_variant[NAME].norms.copy_(norms(layer))
 
 
 @contextmanager
 def frozen_norms(model: Any) -> Iterator[None]:
     """Within the block no weight may change, and DoRA costs next to nothing. Without DoRA nothing happens."""
-    assert not model.training, "dropout and gradients need PEFT's own forward"
-    dora = [layer for layer in layers(model) if NAME in layer.lora_variant]
+    assert not model.training, "gradients change weights, and norms with them"
+    dora = _dora(model)
     before = [layer.lora_variant[NAME] for layer in dora]
     for layer in dora:
-        layer.lora_variant[NAME] = FrozenNorms(gain(layer))
+        layer.lora_variant[NAME] = KeptNorms(norms(layer))
     try:
         yield
     finally:
@@ -117,21 +142,26 @@ def frozen_norms(model: Any) -> Iterator[None]:
             layer.lora_variant[NAME] = variant
 
 
+def _dora(model: Any) -> list[Any]:
+    return [layer for layer in layers(model) if NAME in layer.lora_variant]
+
+
 @torch.no_grad()
-def gain(layer: Any) -> Tensor:
-    """g = m / |W + s B A| per row, float32, from the very weights that the forward pass reads."""
+def norms(layer: Any) -> Tensor:
+    """n = |W + s B A| per row, float32, from the very weights that the forward pass reads."""
     from peft.utils.integrations import dequantize_module_weight
 
     base = layer.get_base_layer()
     assert base.bias is None, "Gemma's linears have no bias"
     weight = dequantize_module_weight(base)
     a_RI, b_OR = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float()
-    norms = [
-        torch.linalg.norm(weight[start : start + _ROWS].float() + layer.scaling[NAME] * (b_OR[start : start + _ROWS] @ a_RI), dim=1)
+    parts = [
+        torch.linalg.norm(
+            torch.addmm(weight[start : start + _ROWS].float(), b_OR[start : start + _ROWS], a_RI, alpha=layer.scaling[NAME]), dim=1
+        )
         for start in range(0, len(weight), _ROWS)
     ]
-    magnitude: Tensor = layer.lora_magnitude_vector[NAME].weight
-    return magnitude.float() / torch.cat(norms)
+    return torch.cat(parts)
 
 
 def _whole(alpha: float) -> float:

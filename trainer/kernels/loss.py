@@ -50,5 +50,5 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore:
     """
     targets = labels[:, 1:]
     supervised = targets != ignore
-    total: Tensor = _SummedCrossEntropy.apply(hidden[:, :-1][supervised], weight.detach(), targets[supervised])  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedCrossEntropy.apply(hidden[:, :-1][supervised], weight.detach(), targets[supervised])
     return total

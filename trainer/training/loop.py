@@ -47,8 +47,12 @@ def work(cfg: Config, train: Sequence[Example], valid: Sequence[Example]) -> Wor
     return Work(rows, held_out, passes, cfg.train.max_steps or math.ceil(cfg.train.epochs * each_epoch))
 
 
-def run(cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Path) -> TrainFacts:
+def run(
+    cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Path, after_step: Callable[[int], None] = lambda step: None
+) -> TrainFacts:
     """Train into `out`: adapter/, best/, metrics.jsonl; checkpoints/ is gone when all is done.
+
+    after_step: called with the number of each finished optimizer step, before anything else happens; for measurements.
 
     Raises:
         Interrupted: a checkpoint was saved. StoppedError: the loss is no number; the last checkpoint stays.
@@ -57,20 +61,21 @@ def run(cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Pa
     model = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
     if cfg.pack.enabled:
         models.require_boundaries(model, _probe(train))
+    kernels = ("kept norms",) if cfg.model.backend == "transformers" and peft.keep_norms(model) else ()
     todo = work(cfg, train, valid)
     resume = checkpoints.newest(out / "checkpoints")
     done = checkpoints.step_of(resume) if resume else 0
     journal = Journal(out / "metrics.jsonl", done)
     with interrupt.listening() as stop, progress.task("train", todo.steps - done, "steps") as task:
-        state = _train(cfg, model, todo, Watch(cfg, model, todo, journal, out, stop, task), out, resume)
+        state = _train(cfg, model, todo, Watch(cfg, model, todo, journal, out, stop, task, after_step), out, resume)
     if stop() and state.global_step < state.max_steps:
         raise Interrupted(
-            f"train: interrupted after step {state.global_step} of {state.max_steps}; a checkpoint is saved, the same command goes on from it"
+            f"train: interrupted after step {state.global_step} of {state.max_steps}; a checkpoint is saved, the same command goes on"
         )
     peft.save(model, out / "adapter.new")
     checkpoints.replace(out / "adapter.new", out / "adapter")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return _facts(cfg, todo, journal, state)
+    return _facts(cfg, todo, journal, state, kernels)
 
 
 def _train(cfg: Config, model: Any, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
@@ -105,10 +110,18 @@ class Watch:
     """Observer of the loop: validation, best adapter, journal, progress."""
 
     def __init__(
-        self, cfg: Config, model: Any, todo: Work, journal: Journal, out: Path, stop: Callable[[], bool], task: progress.Task
+        self,
+        cfg: Config,
+        model: Any,
+        todo: Work,
+        journal: Journal,
+        out: Path,
+        stop: Callable[[], bool],
+        task: progress.Task,
+        after_step: Callable[[int], None],
     ) -> None:
         self._cfg, self._model, self._todo = cfg, model, todo
-        self._journal, self._out, self._task = journal, out, task
+        self._journal, self._out, self._task, self._after_step = journal, out, task, after_step
         self.stop = stop
         self._before_s = journal.wall_s
         self._tokens = 0
@@ -117,9 +130,12 @@ class Watch:
     def began(self, state: Any) -> None:
         assert state.max_steps == self._todo.steps, "we and HF count steps differently"
         self._tokens = int(state.num_input_tokens_seen)
+        peft.refresh_norms(self._model)  # a checkpoint may have replaced the weights
         self._started = self._stepped = time.monotonic()
 
     def stepped(self, state: Any) -> None:
+        peft.refresh_norms(self._model)
+        self._after_step(state.global_step)
         now = time.monotonic()
         self._step_s, self._step_tokens = now - self._stepped, int(state.num_input_tokens_seen) - self._tokens
         self._tokens = int(state.num_input_tokens_seen)
@@ -162,7 +178,7 @@ def _probe(train: Sequence[Example]) -> tuple[Example, Example]:
     return shortest[0], shortest[min(1, len(shortest) - 1)]
 
 
-def _facts(cfg: Config, todo: Work, journal: Journal, state: Any) -> TrainFacts:
+def _facts(cfg: Config, todo: Work, journal: Journal, state: Any, kernels: tuple[str, ...]) -> TrainFacts:
     tokens = int(state.num_input_tokens_seen)
     return TrainFacts(
         backend=cfg.model.backend,
@@ -182,4 +198,5 @@ def _facts(cfg: Config, todo: Work, journal: Journal, state: Any) -> TrainFacts:
         train_loss=journal.points("loss"),
         valid_loss=journal.points("valid_loss"),
         best_step=state.best_global_step,
+        kernels=kernels,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ def cfg(tiny_config: Make) -> Config:
 
 
 @pytest.fixture
-def model(cfg: Config) -> Iterator[Any]:
+def model(cfg: Config) -> Any:
     """An adapter on which everything matters: random B, magnitudes up to 20 % off the norms."""
     torch.set_num_threads(1)
     made = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
     shake(made)
     made.eval()
-    yield made
+    return made
 
 
 def shake(made: Any) -> None:
@@ -63,7 +63,7 @@ def test_frozen_norms_compute_what_peft_computes(model: Any) -> None:
     expected = logits(model)
     with peft.frozen_norms(model):
         variants = [layer.lora_variant[peft.NAME] for layer in peft.layers(model)]
-        assert all(isinstance(variant, peft.FrozenNorms) for variant in variants)
+        assert all(isinstance(variant, peft.KeptNorms) for variant in variants)
         found = logits(model)
     # two float32 summation orders of products over 128 columns and a few layers
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -71,17 +71,17 @@ def test_frozen_norms_compute_what_peft_computes(model: Any) -> None:
 
 
 def test_the_seam_is_really_used(model: Any) -> None:
-    calls = []
+    calls: list[int] = []
     with peft.frozen_norms(model):
         for layer in peft.layers(model):
-            layer.lora_variant[peft.NAME] = Counting(layer.lora_variant[peft.NAME].gain, calls)
+            layer.lora_variant[peft.NAME] = Counting(layer.lora_variant[peft.NAME].norms, calls)
         logits(model)
     assert len(calls) == len(peft.layers(model))
 
 
-class Counting(peft.FrozenNorms):
-    def __init__(self, gain: torch.Tensor, calls: list[int]) -> None:
-        super().__init__(gain)
+class Counting(peft.KeptNorms):
+    def __init__(self, norms: torch.Tensor, calls: list[int]) -> None:
+        super().__init__(norms)
         self._calls = calls
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -98,8 +98,42 @@ def test_a_wrong_scale_or_gain_would_show(model: Any, sabotage: str) -> None:
             if sabotage.startswith("alpha"):
                 layer.scaling[peft.NAME] = layer.lora_alpha[peft.NAME] / layer.r[peft.NAME]
             else:
-                layer.lora_variant[peft.NAME].gain.fill_(1.0)
+                layer.lora_variant[peft.NAME].norms.copy_(layer.lora_magnitude_vector[peft.NAME].weight.detach())
         assert float((logits(model) - expected).abs().max()) > 0.1
+
+
+def gradients(made: Any) -> dict[str, torch.Tensor]:
+    made.zero_grad()
+    made(input_ids=IDS).logits.logsumexp(-1).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
+
+
+def test_kept_norms_have_pefts_gradients(model: Any) -> None:
+    expected = gradients(model.train())
+    assert peft.keep_norms(model)
+    found = gradients(model)
+    assert found.keys() == expected.keys() and len(found) == 3 * len(peft.layers(model))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_kept_norms_follow_the_weights_only_when_refreshed(model: Any) -> None:
+    """Sentinel: a forgotten refresh shows."""
+    assert peft.keep_norms(model)
+    with torch.no_grad():
+        for layer in peft.layers(model):
+            layer.lora_B[peft.NAME].weight.mul_(2.0)
+    stale = logits(model)
+    peft.refresh_norms(model)
+    fresh = logits(model)
+    with peft.frozen_norms(model):
+        torch.testing.assert_close(fresh, logits(model), rtol=0, atol=0)
+    assert float((stale - fresh).abs().max()) > 0.1
+
+
+def test_with_dropout_pefts_own_forward_stays(cfg: Config) -> None:
+    dropping = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update={"dropout": 0.1})})
+    assert not peft.keep_norms(models.with_new_adapter(dropping, models.base(cfg, models.nf4(cfg))))
 
 
 def test_the_base_alone_is_the_model_without_an_adapter(model: Any, cfg: Config) -> None:

@@ -103,7 +103,7 @@ def test_a_killed_train_goes_on_as_if_nothing_had_happened(
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny_config: Make, tiny_inputs: Any, tmp_path: Path) -> None:
     with pytest.raises(StoppedError, match=r"no number after step \d+.*learning_rate"):
         cfg = tiny_config(
-            "train.learning_rate=1e36", "train.max_grad_norm=1e30", "checkpoint.every_steps=1", "train.valid_every=100", "train.max_steps=8"
+            "train.learning_rate=6e37", "train.max_grad_norm=1e30", "checkpoint.every_steps=1", "train.valid_every=100", "train.max_steps=8"
         )
         train.run(cfg, tiny_inputs, tmp_path)
     assert list((tmp_path / "checkpoints").glob("checkpoint-*"))
