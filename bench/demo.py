@@ -50,35 +50,37 @@ class Shown(NamedTuple):
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="run from nothing and append a row")
-    record: bool = parser.parse_args(arguments).record
+    parser.add_argument("--preset", default=PRESET)
+    options = parser.parse_args(arguments)
+    record: bool = options.record
     output = rows.ROOT / "output" / "bench-demo" if record else rows.ROOT / "output"
     try:
-        return run(output, record=record)
+        return run(output, options.preset, record=record)
     except Failed as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.code
 
 
-def run(output: Path, *, record: bool) -> int:
+def run(output: Path, preset: str, *, record: bool) -> int:
     if record:
         shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
-    report = train(output, ["--set", f"paths.output={output}", "--set", f"paths.cache={output / 'cache'}"] if record else [])
+    report = train(output, preset, ["--set", f"paths.output={output}", "--set", f"paths.cache={output / 'cache'}"] if record else [])
     shown = serve_and_ask(output / "gguf")
     wall_s = time.monotonic() - started
     print(f"\nasked     {shown.question}\nanswered  {shown.answer}\n\nreport    {report}\nserve it  make serve")
     if record:
-        print(rows.append("demo", "ours", {"preset": PRESET}, metrics(output / "gguf" / "current", wall_s)))
+        print(rows.append("demo", "ours", {"preset": preset}, metrics(output / "gguf" / "current", wall_s)))
     return 0
 
 
-def train(output: Path, settings: list[str]) -> Path:
+def train(output: Path, preset: str, settings: list[str]) -> Path:
     """The whole way from prepare to report; returns the page. What the trainer says goes to the terminal."""
-    command = [sys.executable, "-m", "trainer", "report", "--preset", PRESET, *settings]
+    command = [sys.executable, "-m", "trainer", "report", "--preset", preset, *settings]
     done = subprocess.run(command, cwd=rows.ROOT, check=False)
     if done.returncode:
         raise Failed("training did not get through; the lines above say why", done.returncode)
-    return output / "runs" / PRESET / "report" / "report.html"
+    return output / "runs" / preset / "report" / "report.html"
 
 
 def serve_and_ask(releases: Path) -> Shown:
@@ -94,14 +96,16 @@ def server(releases: Path) -> Iterator[str]:
     """A running gateway's address; it is ready, and gone afterwards."""
     port = free_port()
     command = [sys.executable, "-m", "server", "--releases", str(releases), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=rows.ROOT)
     address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(process, address)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    log = releases.parent / "demo-server.log"
+    with log.open("w", encoding="utf-8") as lines, subprocess.Popen(command, cwd=rows.ROOT, stderr=lines) as process:
+        try:
+            wait_until_ready(process, address)
+            yield address
+        except Failed as error:
+            raise Failed(f"{error} ({log} has what the server said)", error.code) from error
+        finally:
+            process.terminate()
 
 
 def free_port() -> int:
@@ -120,15 +124,19 @@ def free_port() -> int:
 
 def wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
     deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
+    said: dict[str, str] = {"message": "it does not answer"}
+    while time.monotonic() < deadline and said.get("code") != "release_refused":
         if process.poll() is not None:
-            raise Failed("the server stopped before it was ready; the lines above say why", process.returncode or 1)
+            raise Failed("the server stopped before it was ready", process.returncode or 1)
         try:
             with urllib.request.urlopen(f"{address}/readyz", timeout=5):
                 return
+        except urllib.error.HTTPError as error:
+            said = json.load(error)["error"]
         except OSError:
-            time.sleep(0.2)
-    raise Failed(f"the server was not ready after {READY_S:.0f} s", 1)
+            pass
+        time.sleep(0.5)
+    raise Failed(f"the server is not ready: {said['message']}", 1)
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
