@@ -23,6 +23,7 @@ import httpx2
 from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status, probes
+from server.engines.lines import lines
 from server.errors import EngineError, PromptTooLong, SetupError
 from server.manifest import Release
 
@@ -155,7 +156,7 @@ class EmbeddedEngine:
             async with call as response:
                 if response.status_code != 200:
                     raise EngineError(f"llama.cpp answers {response.status_code}: {(await response.aread()).decode()[:300]}")
-                async for line in response.aiter_lines():
+                async for line in lines(response.aiter_bytes()):
                     for event in _events(line):
                         yield event
                         if isinstance(event, Finish):

@@ -18,6 +18,7 @@ import ollama
 
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status, probes
+from server.engines.lines import lines
 from server.errors import EngineError, PromptTooLong, SetupError
 from server.manifest import Prompt, Release
 
@@ -67,7 +68,7 @@ class OllamaEngine:
             async with self._http.stream("POST", "/api/chat", json=body) as response:
                 if response.status_code != 200:
                     raise _failure((await response.aread()).decode("utf-8", "replace"), response.status_code)
-                async for line in response.aiter_lines():
+                async for line in lines(response.aiter_bytes()):
                     for event in _events(line):
                         yield event
                         if isinstance(event, Finish):

@@ -87,6 +87,12 @@ async def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine: Engin
     assert word not in cut and whole.startswith(cut.strip())
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+async def test_a_line_separator_of_unicode_in_an_answer_tears_nothing(engine: Engine, release: Release, separator: str) -> None:
+    request = replace(ask(f"one{separator} " * 30, release, max_tokens=24), stop=())
+    assert separator in await text(engine, release, request)
+
+
 async def test_max_tokens_cuts_the_answer_and_says_so(engine: Engine, release: Release) -> None:
     finish = (await events(engine, release, ask("The capital of France is", release, max_tokens=3)))[-1]
     assert isinstance(finish, Finish)
