@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import uuid
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors, translate
@@ -56,26 +56,29 @@ async def read(request: Request, kind: type[B], max_bytes: int, example: str) ->
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise NoJsonType(f"the body must be sent as JSON, not as {content_type or 'nothing in particular'}; this works: {curl}")
+    content = await _bytes(request, max_bytes)
     try:
-        tree = json.loads(await _bytes(request, max_bytes))
-    except ValueError as error:
-        raise NotJson(f"the body is not valid JSON ({error}); this works: {curl}") from error
-    if not isinstance(tree, dict):
-        raise NotJson(f"the body must be a JSON object; this works: {curl}")
-    try:
-        return kind.model_validate(tree)
+        return kind.model_validate_json(content)  # not json.loads: it lets lone surrogates in, and falls over deep nesting
     except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise NotJson(f"the body is not valid JSON ({first['ctx']['error']}); this works: {curl}") from error
+        if first["type"] == "model_type" and not first["loc"]:
+            raise NotJson(f"the body must be a JSON object; this works: {curl}") from error
         raise BadRequest(explain(error)) from error
 
 
 async def _bytes(request: Request, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise TooLarge(f"the body is larger than {max_bytes} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes:
+                raise TooLarge(f"the body is larger than {max_bytes} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise ClientGone("the client hung up before its body was whole") from None
     return b"".join(parts)
 
 

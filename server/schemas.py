@@ -21,34 +21,42 @@ def _text(content: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-Stops = Annotated[tuple[str, ...], BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop or ()), Field(max_length=16)]
+Stop = Annotated[str, Field(min_length=1)]
+Stops = Annotated[tuple[Stop, ...], BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop), Field(max_length=16)]
 
 
-class Body(BaseModel):
+class Sampling(BaseModel):
+    """What both dialects may wish, in numbers that every engine can hold."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repeat_penalty: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    stop: Stops | None = None
+
+
+class SimpleMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class SimpleMessage(Body):
     role: Literal["system", "user", "assistant"]
     content: Text
 
 
-class ChatBody(Body):
+class ChatBody(Sampling):
     """`{"message": "..."}`, or the conversation so far in `messages`."""
+
+    model_config = ConfigDict(extra="forbid")
 
     message: str | None = None
     messages: tuple[SimpleMessage, ...] | None = Field(None, min_length=1)
     system: str | None = None
     model: str | None = None
     stream: bool | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repeat_penalty: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: Stops = ()
 
     @model_validator(mode="after")
     def _one_conversation(self) -> ChatBody:
@@ -74,21 +82,16 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionBody(BaseModel):
-    """OpenAI's chat completion, as far as a text model can serve it."""
+class CompletionBody(Sampling):
+    """OpenAI's chat completion, as far as a text model can serve it, and the wishes that it has not."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     messages: tuple[OpenAIMessage, ...] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: Stops = ()
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from server.chat import Delta, Event, Finish, Message, Usage, Wishes
 from server.errors import UnknownModel
 from server.manifest import Release
-from server.schemas import ChatBody, CompletionBody
+from server.schemas import ChatBody, CompletionBody, Sampling
 
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n\n"
@@ -29,20 +29,25 @@ def chat(body: ChatBody, wants_events: bool) -> Asked:
     messages = [Message(item.role, item.content) for item in body.messages or ()] or [Message("user", body.message or "")]
     if body.system is not None:
         messages.insert(0, Message("system", body.system))
-    wishes = Wishes(body.max_tokens, body.temperature, body.top_k, body.top_p, body.min_p, body.repeat_penalty, body.seed, body.stop)
-    return Asked(tuple(messages), wishes, wants_events if body.stream is None else body.stream, body.model)
+    return Asked(tuple(messages), _wishes(body, body.max_tokens), wants_events if body.stream is None else body.stream, body.model)
 
 
 def completion(body: CompletionBody) -> Asked:
     messages = tuple(Message("system" if item.role == "developer" else item.role, item.content) for item in body.messages)
-    wishes = Wishes(
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+    return Asked(messages, _wishes(body, body.max_completion_tokens or body.max_tokens), bool(body.stream), body.model)
+
+
+def _wishes(body: Sampling, max_tokens: int | None) -> Wishes:
+    return Wishes(
+        max_tokens=max_tokens,
         temperature=body.temperature,
+        top_k=body.top_k,
         top_p=body.top_p,
+        min_p=body.min_p,
+        repeat_penalty=body.repeat_penalty,
         seed=body.seed,
-        stop=body.stop,
+        stop=body.stop or (),
     )
-    return Asked(messages, wishes, bool(body.stream), body.model)
 
 
 def check_model(name: str | None, release: Release) -> None:

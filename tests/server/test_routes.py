@@ -105,6 +105,14 @@ async def test_what_openais_api_has_and_this_model_has_not_is_refused_by_name(re
     assert name in error(reply)["message"]
 
 
+async def test_wishes_that_openais_api_has_not_are_not_lost_in_it(releases: Path) -> None:
+    engine = ScriptedEngine()
+    body = {"messages": [{"role": "user", "content": "Hi"}], "top_k": 5, "min_p": 0.1, "repeat_penalty": 1.2, "stop": None}
+    async with serving(engine, releases) as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert (engine.asked[0].top_k, engine.asked[0].min_p, engine.asked[0].repeat_penalty) == (5, 0.1, 1.2)
+
+
 async def test_what_asks_for_nothing_is_ignored_and_content_parts_are_joined(releases: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"messages": [{"role": "user", "content": parts}], "user": "me", "n": 1, "tools": [], "response_format": {"type": "text"}}
@@ -126,6 +134,9 @@ async def test_what_asks_for_nothing_is_ignored_and_content_parts_are_joined(rel
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "messages[1].role is 'system'"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "must end with a user message"),
         ({"message": "a", "max_tokens": 0}, "max_tokens"),
+        ({"message": "a", "top_k": 2**31}, "top_k"),
+        ({"message": "a", "stop": ""}, "stop.0"),
+        ({"message": "a", "stop": 0}, "stop"),
         ({"system": "s", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, "one too many"),
     ],
 )
@@ -148,6 +159,36 @@ async def test_a_body_that_is_not_json_is_answered_with_the_curl_line_that_works
     assert [reply.status_code for reply in (form, bare, torn, listed, binary)] == [415, 415, 400, 400, 400]
     for reply in (form, bare, torn, listed, binary):
         assert f"curl -s {url} -H 'Content-Type: application/json' -d '" in error(reply)["message"]
+
+
+@pytest.mark.parametrize("content", ['{"message": "\\ud800"}', "[" * 100_000, '{"a":' * 100_000, "", '{"message": "a"} b'])
+async def test_json_that_no_engine_could_be_sent_is_not_json_here(releases: Path, content: str) -> None:
+    engine = ScriptedEngine()
+    async with serving(engine, releases) as client:
+        reply = await client.post("/chat", content=content, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, error(reply)["code"], engine.asked) == (400, "not_json", [])
+
+
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999"])
+async def test_a_number_that_is_none_is_refused_by_its_name(releases: Path, number: str) -> None:
+    content = f'{{"message": "a", "repeat_penalty": {number}}}'
+    async with serving(ScriptedEngine(), releases) as client:
+        reply = await client.post("/chat", content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert "repeat_penalty" in error(reply)["message"]
+
+
+async def test_a_client_that_hangs_up_within_its_body_is_no_mistake_of_the_server(releases: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+        await reader.read()
+        await asyncio.sleep(0.1)
+        assert (await client.post("/chat", json={"message": "Hi"})).status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_body_that_is_too_large_is_not_read(releases: Path) -> None:
