@@ -36,6 +36,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         bringing_up = asyncio.create_task(keeper.bring_up())
+        bringing_up.add_done_callback(keeper.ended)
         try:
             yield
         finally:

@@ -119,6 +119,16 @@ def find(releases: Path) -> Path | None:
     return None
 
 
+def stamp(releases: Path) -> tuple[object, ...]:
+    """What find() and read() would see, by names, sizes and times alone: unequal once a release was changed or another took its place."""
+    directory = (releases if (releases / "manifest.json").exists() else releases / "current").resolve()
+    try:
+        found = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+    except OSError:
+        return (directory,)
+    return (directory, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
 def read(directory: Path) -> Release:
     """Read and check a release.
 
@@ -158,12 +168,15 @@ def _problem(directory: Path, name: str, file: File) -> str | None:
     path = directory / file.path
     if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
         return f"files.{name}: {file.path} leads out of the release"
-    if not path.is_file():
-        return f"files.{name}: {path} is missing: copy the release whole, or release again"
-    if (size := path.stat().st_size) != file.num_bytes:
-        return f"files.{name}: {path} has {size} bytes, not {file.num_bytes}: copy the release whole, or release again"
-    if sha256(path) != file.sha256:
-        return f"files.{name}: {path} was changed after its release (sha256 differs): copy it again, or release again"
+    try:
+        if not path.is_file():
+            return f"files.{name}: {path} is missing: copy the release whole, or release again"
+        if (size := path.stat().st_size) != file.num_bytes:
+            return f"files.{name}: {path} has {size} bytes, not {file.num_bytes}: copy the release whole, or release again"
+        if sha256(path) != file.sha256:
+            return f"files.{name}: {path} was changed after its release (sha256 differs): copy it again, or release again"
+    except OSError as error:
+        return f"files.{name}: {path} cannot be read ({error.strerror}): let the server's user read it, or copy it again"
     return None
 
 

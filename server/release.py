@@ -45,22 +45,29 @@ class Keeper:
         return status.detail
 
     async def bring_up(self) -> None:
-        """Until a release is served: look for one, read it, load it. A refused one is not tried again, a newer one is."""
-        refused: Path | None = None
+        """Until a release is served: look for one, read it, load it. A refused one is tried again once its files, or the link, change."""
+        refused: tuple[object, ...] | None = None
         while self._live is None:
+            seen = manifest.stamp(self._releases)  # before it is read: what changes during a long load was not refused
             try:
                 directory = manifest.find(self._releases)
                 if directory is None:
                     self._note(NotReady, no_release(self._releases))
-                elif directory != refused:
+                elif seen != refused:
                     await self._load(directory)
             except ReleaseError as error:
-                refused = manifest_directory(self._releases)
+                refused = seen
                 self._note(ReleaseError, str(error))
             except EngineError as error:
                 self._note(NotReady, str(error))
             if self._live is None:
                 await asyncio.sleep(self._poll_s)
+
+    def ended(self, bringing_up: asyncio.Task[None]) -> None:
+        """Done-callback of a task of bring_up(): without it a bug of ours would leave a server that is loading for ever."""
+        if not bringing_up.cancelled() and (error := bringing_up.exception()):
+            log.error("bringing up a release failed", exc_info=error)
+            self._why = lambda: NotReady("the server made a mistake when it brought up its release: its log knows more; start it again")
 
     async def _load(self, directory: Path) -> None:
         release = await asyncio.to_thread(manifest.read, directory)
@@ -79,8 +86,3 @@ class Keeper:
 
 def no_release(releases: Path) -> str:
     return f"no release yet in {releases}: make one with `make demo` (any laptop) or `make train` (a GPU); it is picked up by itself"
-
-
-def manifest_directory(releases: Path) -> Path | None:
-    """Where `current` points, whatever state it is in: to see when another release takes its place."""
-    return (releases if (releases / "manifest.json").exists() else releases / "current").resolve()

@@ -59,9 +59,12 @@ class Child:
         """Start the process and wait until the model is loaded. Raises EngineError with llama.cpp's last words."""
         pipe = asyncio.subprocess.PIPE
         # -P: this file's directory must not come before the packages it imports. A session of its own: Ctrl-C is for the gateway.
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(CHILD), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", str(CHILD), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            )
+        except OSError as error:
+            raise EngineError(f"llama.cpp's process does not start: {error.strerror}") from error
         self._reader = asyncio.create_task(self._read_log())
         assert self._process.stdin and self._process.stdout
         try:
@@ -75,9 +78,9 @@ class Child:
             raise EngineError(f"llama.cpp did not load {self.release.gguf}: {self.last_words}")
         self.address = json.loads(line)["address"]
 
-    async def wait(self) -> int:
-        assert self._process
-        return await self._process.wait()
+    async def wait(self) -> int | None:
+        """Its exit code, once it is dead; None at once if it never lived."""
+        return await self._process.wait() if self._process else None
 
     async def close(self) -> None:
         if self._process is None:
@@ -135,8 +138,8 @@ class EmbeddedEngine:
                 undo.push_async_callback(child.close)
                 await child.start(self._start_timeout_s)
                 await probes.check(_Alone(self, child), release.model, release)
+                await self._retire()
                 undo.pop_all()
-            await self._retire()
             self._child = child
             self._keeper = asyncio.create_task(self._keep(child))
             return release.sha256

@@ -31,7 +31,7 @@ def serve(settings: dict[str, Any]) -> Any:
     params.port = 0
     params.api_keys = [settings["key"]]  # other users of this machine can reach the loopback too
     params.ui = False
-    params.endpoint_slots = True
+    params.endpoint_slots = False  # it would show prompts, and nobody asks it
     params.use_jinja = False
     params.verbosity = 2  # warnings and errors: no prompt ever reaches the log
     return xllamacpp.Server(params)

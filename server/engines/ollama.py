@@ -7,12 +7,14 @@ other sign for its own death), and nothing that reloads the model (num_ctx and s
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx  # the package ollama's own, whose errors it lets through
 import httpx2
 import ollama
 
@@ -26,7 +28,10 @@ OLDEST = (0, 31, 2)
 """Older ones have CVE-2026-7482 (memory read through a GGUF, fixed in 0.17.1) or allocate without bound (fixed in 0.31.2)."""
 ADMIN_TIMEOUT_S = 600.0
 """For creating and copying a model: minutes, for a 12B on a slow disk."""
+LOOK_TIMEOUT_S = 5.0
+"""For what must answer at once or counts as not there."""
 CHUNK_BYTES = 1 << 20
+NOT_THERE = (httpx2.HTTPError, httpx.HTTPError, ollama.ResponseError, ConnectionError, TimeoutError)
 
 
 class OllamaEngine:
@@ -40,7 +45,7 @@ class OllamaEngine:
 
     async def check(self) -> None:
         try:
-            response = await self._http.get("/api/version", timeout=5.0)
+            response = await self._http.get("/api/version", timeout=LOOK_TIMEOUT_S)
             version = str(response.json()["version"])
         except (httpx2.HTTPError, ValueError, KeyError) as error:
             raise SetupError(
@@ -57,10 +62,11 @@ class OllamaEngine:
             await self._create(release)
             await probes.check(self, release.model, release)
             await self._admin.copy(release.model, f"{release.manifest.name}:latest")
-        except (ollama.ResponseError, httpx2.HTTPError, ConnectionError) as error:
+            digest = await self._digest(release.model)
+        except NOT_THERE as error:
             raise EngineError(f"Ollama at {self.url} did not take {release.model}: {error or type(error).__name__}") from error
-        self._digests[release.model] = await self._digest(release.model)
-        return self._digests[release.model]
+        self._digests[release.model] = digest
+        return digest
 
     async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
         body = {**_body(model, request.messages), "stream": True, "options": _options(request)}
@@ -84,17 +90,20 @@ class OllamaEngine:
             raise EngineError(f"Ollama at {self.url} is not there: {error or type(error).__name__}") from error
         if response.status_code != 200:
             raise _failure(response.text, response.status_code)
-        rendered: str = response.json()["_debug_info"]["rendered_template"]
+        rendered = response.json().get("_debug_info", {}).get("rendered_template")
+        if not isinstance(rendered, str):
+            raise EngineError(f"Ollama at {self.url} does not show the prompt that it renders, so that no release can be checked there")
         return rendered
 
     async def status(self, model: str) -> Status:
         try:
-            version = (await self._http.get("/api/version", timeout=5.0)).json()["version"]
-            digest = await self._digest(model)
-        except (httpx2.HTTPError, ollama.ResponseError, ConnectionError, ValueError, KeyError) as error:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                version = (await self._http.get("/api/version")).json()["version"]
+                digest = await self._digest(model)
+        except (*NOT_THERE, ValueError, KeyError) as error:
             return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
         if not digest or digest != self._digests.get(model, digest):
-            return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded")
+            return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded: start the server again")
         return Status(True, digest, f"Ollama {version} at {self.url}")
 
     async def unload(self, model: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from server import conversation
 from server.chat import ChatRequest, Event, Finish, Message, Wishes
-from server.errors import ReleaseError
+from server.errors import BadRequest, ReleaseError
 from server.manifest import Probe, Release
 
 NUM_PROBES = 3
@@ -35,11 +35,14 @@ async def check(engine: Answering, model: str, release: Release) -> None:
 
 
 async def _problem(engine: Answering, model: str, release: Release, probe: Probe) -> str | None:
-    request = conversation.request(probe.conversation, Wishes(temperature=0.0), release.manifest.prompt)
-    rendered = await engine.render(model, request.messages)
-    if rendered != probe.prompt:
-        return f"the engine renders another prompt, {_difference(rendered, probe.prompt)}"
-    finish = await _finish(engine, model, request)
+    try:
+        request = conversation.request(probe.conversation, Wishes(temperature=0.0), release.manifest.prompt)
+        rendered = await engine.render(model, request.messages)
+        if rendered != probe.prompt:
+            return f"the engine renders another prompt, {_difference(rendered, probe.prompt)}"
+        finish = await _finish(engine, model, request)
+    except BadRequest as error:  # a client's mistake elsewhere, the release's own here
+        return str(error)
     if finish.usage.prompt_tokens != len(probe.prompt_ids):
         return f"the engine reads {finish.usage.prompt_tokens} tokens where the trainer counted {len(probe.prompt_ids)}"
     if finish.reason != "stop":

@@ -60,6 +60,11 @@ def test_missing_and_shortened_files_are_all_named_at_once(directory: Path) -> N
     assert "model.gguf is missing" in message and "probes.jsonl has 0 bytes" in message
 
 
+def test_a_file_that_cannot_be_read_is_refused_with_the_reason(directory: Path) -> None:
+    edit(directory, lambda tree: tree["files"]["gguf"].update(path="x" * 300))
+    assert "cannot be read (File name too long)" in refusal(directory)
+
+
 def test_an_unknown_schema_version_is_refused_with_the_remedy(directory: Path) -> None:
     edit(directory, lambda tree: tree.update(schema_version=2))
     assert "schema_version is 2 and this server reads 1: update the server" in refusal(directory)

@@ -11,7 +11,8 @@ import httpx2
 import pytest
 
 from server.chat import Delta, Finish, Message, Usage
-from server.errors import EngineError, PromptTooLong
+from server.errors import EngineError, PromptTooLong, ReleaseError
+from server.manifest import Release
 from tests.server.scripted import ScriptedEngine, serving, small_release, sse, until
 
 pytestmark = pytest.mark.anyio
@@ -358,6 +359,50 @@ async def test_a_refused_release_is_not_served_and_the_next_one_is(tmp_path: Pat
     assert (ready.status_code, error(ready)["code"]) == (503, "release_refused")
     assert "was changed after its release" in error(ready)["message"]
     assert after.json()["model"] == "trinity:next-0123456789ab"
+
+
+async def test_a_refused_release_that_is_mended_in_its_place_is_served(tmp_path: Path) -> None:
+    gguf = small_release(tmp_path) / "model.gguf"
+    whole = gguf.read_bytes()
+    gguf.write_bytes(whole[:5])
+    engine = ScriptedEngine()
+    async with serving(engine, tmp_path, wait=False) as client:
+        await asyncio.sleep(0.2)
+        torn = await client.get("/readyz")
+        gguf.write_bytes(whole)
+        await until(lambda: bool(engine.loaded))
+        ready = await client.get("/readyz")
+    assert (error(torn)["code"], ready.status_code) == ("release_refused", 200)
+
+
+class RefusingWhileTheLinkMoves(ScriptedEngine):
+    """Loading takes minutes with a large model, and a training may end meanwhile."""
+
+    def __init__(self, releases: Path) -> None:
+        super().__init__()
+        self.releases = releases
+
+    async def load(self, release: Release) -> str:
+        if release.model == MODEL:
+            small_release(self.releases, "next-0123456789ab")
+            raise ReleaseError("probes not met")
+        return await super().load(release)
+
+
+async def test_a_release_that_comes_while_another_one_is_being_refused_is_not_refused_with_it(releases: Path) -> None:
+    engine = RefusingWhileTheLinkMoves(releases)
+    async with serving(engine, releases) as client:
+        assert (await client.get("/readyz")).json()["model"] == "trinity:next-0123456789ab"
+
+
+async def test_a_bug_in_bringing_up_a_release_is_said_and_logged(releases: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine()
+    engine.problem = ZeroDivisionError("secret")
+    async with serving(engine, releases, wait=False) as client:
+        await until(lambda: any(record.exc_info for record in caplog.records))
+        reply = await client.get("/readyz")
+    assert (reply.status_code, error(reply)["code"]) == (503, "not_ready")
+    assert "its log knows more" in error(reply)["message"] and "secret" not in reply.text
 
 
 async def test_readyz_follows_the_engine(releases: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +56,31 @@ async def test_a_file_that_is_no_gguf_is_one_clear_error(release: Release, tmp_p
     with pytest.raises(EngineError, match=r"did not load .*model\.gguf"):
         await engine.load(replace(release, directory=tmp_path))
     await engine.close()
+
+
+async def test_a_process_that_cannot_start_is_one_clear_error_and_is_tried_again(release: Release) -> None:
+    engine = EmbeddedEngine(slots=1, threads=1, start_timeout_s=60)
+    await engine.load(release)
+    pid = engine.child_pid
+    assert pid
+    with no_new_files():
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: engine.child_pid is None)
+        with pytest.raises(EngineError, match="does not start: Too many open files"):
+            await Child(release, slots=1, threads=1).start(60)
+    await until(lambda: engine.child_alive, 60)
+    await engine.close()
+
+
+@contextmanager
+def no_new_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as next_free:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_free.fileno() + 1, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 PARENT = """

@@ -1,0 +1,82 @@
+"""What goes wrong between the gateway and an Ollama, and no real one does on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from server.chat import Message
+from server.engines.ollama import OllamaEngine
+from server.errors import EngineError
+from server.manifest import read
+from tests.server.scripted import small_release
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def speaking(replies: Mapping[str, object]) -> AsyncIterator[OllamaEngine]:
+    """An engine before a server that answers a path with JSON, hangs up on None, and says nothing to a path that it does not know."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+        if path not in replies:
+            await closing.wait()
+        elif replies[path] is not None:
+            body = json.dumps(replies[path]).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+            writer.write(b"" if path.startswith("/api/blobs") else body)
+            await writer.drain()
+        writer.close()
+
+    closing = asyncio.Event()
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    engine = OllamaEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", slots=1)
+    try:
+        yield engine
+    finally:
+        closing.set()
+        await engine.close()
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.parametrize("path", ["/api/create", "/api/tags"])
+async def test_an_ollama_that_hangs_up_on_an_admin_call_is_an_engine_error(tmp_path: Path, path: str) -> None:
+    release = read(small_release(tmp_path))
+    first = release.probes[0]
+    replies = {
+        f"/api/blobs/sha256:{release.sha256}": "",
+        "/api/create": {"status": "success"},
+        "/api/chat": {
+            "_debug_info": {"rendered_template": first.prompt},
+            "done": True,
+            "done_reason": "stop",
+            "prompt_eval_count": len(first.prompt_ids),
+        },
+        "/api/copy": {},
+    }
+    single = type(release)(release.directory, release.manifest, (first,))
+    async with speaking(replies | {path: None}) as engine:
+        with pytest.raises(EngineError, match="did not take"):
+            await engine.load(single)
+
+
+@pytest.mark.parametrize(
+    "replies", [{}, {"/api/version": {"version": "0.34.4"}}, {"/api/version": {"version": "0.34.4"}, "/api/tags": None}]
+)
+async def test_an_ollama_that_says_nothing_is_not_ready_within_seconds(replies: Mapping[str, object]) -> None:
+    async with speaking(replies) as engine, asyncio.timeout(8):
+        status = await engine.status("trinity:x")
+    assert not status.ready and "does not answer" in status.detail
+
+
+async def test_an_ollama_that_does_not_show_its_prompt_is_an_engine_error() -> None:
+    async with speaking({"/api/chat": {"message": {"role": "assistant", "content": "Hi"}, "done": True}}) as engine:
+        with pytest.raises(EngineError, match="does not show the prompt"):
+            await engine.render("trinity:x", [Message("user", "Hi")])
