@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +59,13 @@ def kill_repeatedly(case: str, directory: Path, trials: int, seconds: float, at_
     state = directory / "tally.json"
     tally = Tally(**json.loads(state.read_text())) if state.is_file() else Tally(0, 0, 0)
     dice = random.Random(tally.trials)
-    _, undisturbed_s = _in_fork(lambda: _run(_config(directory, stage, -1), stage), None)
+    _, undisturbed_s = _in_fork(partial(_run, _config(directory, stage, -1), stage), None)
     started, done = time.monotonic(), 0
     while tally.trials < trials and (done < at_least or time.monotonic() - started < seconds):
         cfg = _config(directory, stage, tally.trials)
-        _in_fork(lambda cfg=cfg: _run(cfg, stage), dice.uniform(0.05, 1.0) * undisturbed_s)
+        _in_fork(partial(_run, cfg, stage), dice.uniform(0.05, 1.0) * undisturbed_s)
         torn = not _whole_or_absent(cfg, stage)
-        code, _ = _in_fork(lambda cfg=cfg: _run(cfg, stage), None) if done % 5 == 4 else (0, 0.0)
+        code, _ = _in_fork(partial(_run, cfg, stage), None) if done % 5 == 4 else (0, 0.0)
         tally = Tally(tally.trials + 1, tally.torn + torn, tally.failed + (code != 0))
         artifacts.write_whole(state, json.dumps(tally._asdict()).encode())
         done += 1

@@ -73,9 +73,8 @@ class Label(BaseModel):
             before, after = (_shown(label.sections, name) for label in (self, other))
             if before != after:
                 lines.append(f"{name}: {before} -> {after}")
-        for name in sorted(self.sources.keys() | other.sources.keys()):
-            if self.sources.get(name) != other.sources.get(name):
-                lines.append(f"{self.stage}: the content of its {name} changed")
+        changed = {name for name, _ in self.sources.items() ^ other.sources.items()}
+        lines += [f"{self.stage}: the content of its {name} changed" for name in sorted(changed)]
         for name in sorted(self.inputs.keys() & other.inputs.keys()):
             lines += self.inputs[name].differences(other.inputs[name])
         return lines
@@ -172,7 +171,9 @@ def publish(target: Path, label: Label, hashes: Hashes, *, resume: bool = False)
     yield draft
     assert draft.facts is not None, "a stage returns what it measured"
     (partial / DRAFT).unlink()
-    record = Record(key=label.key, label=label, files=_seal(partial, hashes), facts=draft.facts.model_dump(mode="json"), wall_s=draft.wall_s)
+    record = Record(
+        key=label.key, label=label, files=_seal(partial, hashes), facts=draft.facts.model_dump(mode="json"), wall_s=draft.wall_s
+    )
     write_whole(partial / RECORD, record.model_dump_json(indent=1).encode())
     _swap(target)
     for name, file in record.files.items():
@@ -316,9 +317,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _seal(partial: Path, hashes: Hashes) -> dict[str, FileRecord]:
     _flush(partial)
-    return {
-        str(file.relative_to(partial)): FileRecord(num_bytes=file.stat().st_size, sha256=hashes.of(file)) for file in _files(partial)
-    }
+    return {str(file.relative_to(partial)): FileRecord(num_bytes=file.stat().st_size, sha256=hashes.of(file)) for file in _files(partial)}
 
 
 def _swap(target: Path) -> None:

@@ -42,7 +42,13 @@ class StageSpec(NamedTuple):
 
 
 STAGES: tuple[StageSpec, ...] = (
-    StageSpec("plan", (), ("model", "data.max_tokens", "pack", "adapter", "train", "plan"), False, "say whether the run fits the card, term by term"),
+    StageSpec(
+        "plan",
+        (),
+        ("model", "data.max_tokens", "pack", "adapter", "train", "plan"),
+        False,
+        "say whether the run fits the card, term by term",
+    ),
     StageSpec(
         "prepare",
         (),
@@ -131,7 +137,9 @@ def _present(name: str, path: Path) -> Path:
     if path.exists():
         return path
     if name == "data":
-        raise DataError(f"{path}: no such file; put your records there or name another (make: DATA=FILE, else --set data.path=FILE); data/README.md shows the formats")
+        raise DataError(
+            f"{path}: no such file; put your records there or name another (make: DATA=FILE, else --set data.path=FILE); data/README.md shows the formats"
+        )
     raise ModelError(f"{path}: no such file or directory (the {name} that model.name names)")
 
 

@@ -139,25 +139,29 @@ def _run(job: Job) -> Outcome:
     except TrainerError as error:
         return _told(error, error)
     except KeyboardInterrupt:
-        return Outcome(status="failed", error="Interrupted", problems=[_how_to_go_on(job)])
+        return _failed(Interrupted(_how_to_go_on(job)))
     except MemoryError:
-        problem = f"{job.stage}: the machine's memory ran out; close other programs or lower data.max_tokens"
-        return Outcome(status="failed", error=StoppedError.__name__, problems=[problem])
-    except OSError as error:
-        return _told(disk_full(error), error)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            return _told(disk_full(error), error)
-        remedy = "lower data.max_tokens, then adapter.rank (python -m trainer plan shows what fits)"
-        problem = f"{job.stage}: the card's memory ran out: {error}"
-        return Outcome(status="failed", error=OutOfMemoryError.__name__, problems=[problem, remedy])
+        return _failed(StoppedError(f"{job.stage}: the machine's memory ran out; close other programs or lower data.max_tokens"))
+    except (OSError, RuntimeError) as error:
+        return _told(_out_of_memory(job, error) or disk_full(error), error)
+
+
+def _out_of_memory(job: Job, error: Exception) -> OutOfMemoryError | None:
+    if not is_out_of_memory(error):
+        return None
+    remedy = "lower data.max_tokens, then adapter.rank (python -m trainer plan shows what fits)"
+    return OutOfMemoryError(f"{job.stage}: the card's memory ran out: {error}", remedy)
 
 
 def _told(known: TrainerError | None, error: Exception) -> Outcome:
     """The outcome of an error that has a name for the person; any other goes on as the bug it is."""
     if known is None:
         raise error
-    return Outcome(status="failed", error=type(known).__name__, problems=list(known.problems))
+    return _failed(known)
+
+
+def _failed(error: TrainerError) -> Outcome:
+    return Outcome(status="failed", error=type(error).__name__, problems=list(error.problems))
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -101,7 +101,13 @@ def test_a_draft_is_resumed_only_under_its_own_label(tmp_path: Path, hashes: Has
 def test_keys_change_with_anything_that_decides_the_output() -> None:
     other = label().model_copy(update={"version": 2})
     outer = [Label(stage="x", version=1, sections={}, sources={}, inputs={"report": inner}) for inner in (label(), other)]
-    keys = {label().key, label(a=1).key, other.key, label().model_copy(update={"sources": {"data": "bb"}}).key, *(item.key for item in outer)}
+    keys = {
+        label().key,
+        label(a=1).key,
+        other.key,
+        label().model_copy(update={"sources": {"data": "bb"}}).key,
+        *(item.key for item in outer),
+    }
     assert len(keys) == 6
     assert outer[0].differences(outer[1]) == ["report: code version 1 -> 2"]
     assert label(a=1).differences(label(a=2)) == ["a: 1 -> 2"]
@@ -142,11 +148,15 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_whole(tmp_path: Path, ha
     """Thirty children publish over and over and are killed after 1 to 30 ms; whatever is there then must read as whole."""
     seen = set()
     for trial in range(30):
+        begun = tmp_path / f"begun {trial}"
         child = os.fork()
         if child == 0:
+            begun.touch()
             for number in range(1000):
                 make(tmp_path / "report", hashes, f"{trial} {number}", label(trial=trial, number=number))
             os._exit(0)
+        while not begun.exists():  # a fork of a large process takes its time
+            time.sleep(0.0005)
         time.sleep(0.001 * (trial + 1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -16,7 +16,13 @@ def test_every_preset_loads_and_names_its_run_after_itself(preset: str) -> None:
 
 def test_the_product_preset_is_what_the_project_is_named_for() -> None:
     cfg = load("gemma3-12b-t4")
-    assert (cfg.adapter.rank, cfg.data.max_tokens, cfg.adapter.dora, cfg.adapter.rslora, len(cfg.adapter.targets)) == (64, 4096, True, True, 7)
+    assert (cfg.adapter.rank, cfg.data.max_tokens, cfg.adapter.dora, cfg.adapter.rslora, len(cfg.adapter.targets)) == (
+        64,
+        4096,
+        True,
+        True,
+        7,
+    )
     assert (cfg.model.name, cfg.model.backend, cfg.model.double_quant) == ("unsloth/gemma-3-12b-it", "unsloth", True)
 
 
@@ -27,7 +33,12 @@ def test_scale_divides_by_the_root_of_the_rank_only_with_rslora() -> None:
 
 def test_overrides_are_typed_like_toml_and_bare_words_are_text() -> None:
     cfg = load("tiny", ["train.learning_rate=3e-4", "run.name=mine", "data.path=some where/x.json", 'adapter.targets=["q_proj"]'])
-    assert (cfg.train.learning_rate, cfg.run.name, cfg.data.path, cfg.adapter.targets) == (3e-4, "mine", Path("some where/x.json"), ("q_proj",))
+    assert (cfg.train.learning_rate, cfg.run.name, cfg.data.path, cfg.adapter.targets) == (
+        3e-4,
+        "mine",
+        Path("some where/x.json"),
+        ("q_proj",),
+    )
 
 
 def test_all_problems_are_reported_at_once_and_each_names_its_key() -> None:

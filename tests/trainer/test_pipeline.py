@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import pipeline
+from trainer import cards, pipeline
 from trainer.artifacts import Hashes, read_label
 from trainer.config import Config, load
 from trainer.errors import DataError, EditedError, MachineError, ModelError, StaleError
@@ -105,7 +105,7 @@ def test_a_missing_base_model_directory_is_one_clear_error(tmp_path: Path) -> No
         pipeline.run(tiny(tmp_path, f"model.name={tmp_path}/nowhere"), "train", None)
 
 
-@pytest.mark.skipif(pipeline.cards.count() > 0, reason="this machine has a card")
+@pytest.mark.skipif(cards.count() > 0, reason="this machine has a card")
 def test_no_card_is_said_before_anything_is_downloaded(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="make demo"):
         pipeline.run(load("gemma3-12b-t4", [f"paths.output={tmp_path}", "data.path=data/sample.jsonl"]), "report", None)

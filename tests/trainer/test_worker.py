@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from trainer import worker
 from trainer.config import load
-from trainer.errors import DoesNotFitError, TrainerError
+from trainer.errors import DoesNotFitError, TrainerError, disk_full
 from trainer.facts import PlanFacts
 
 
@@ -35,16 +36,18 @@ def test_an_error_of_the_child_arrives_as_the_same_leaf_with_all_its_problems(tm
 
 
 def test_every_leaf_of_the_tree_has_a_documented_exit_code() -> None:
-    leaves = [leaf for leaf in TrainerError.__subclasses__()]
-    assert {leaf.exit_code for leaf in leaves} == {2, 3, 4, 5, 6, 130}
+    assert {leaf.exit_code for leaf in TrainerError.__subclasses__()} == {2, 3, 4, 5, 6, 130}
 
 
 def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
     """The parent starts a child that arms itself and sleeps; the parent is killed; the child must be gone within seconds."""
-    child_code = f"import os, time; from trainer import worker; worker._die_with_parent(os.getppid()); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    pid_file = tmp_path / "pid"
+    child_code = (
+        "import os, pathlib, time; from trainer import worker; worker._die_with_parent(os.getppid()); "
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
     parent_code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child_code!r}])"
     parent = subprocess.Popen([sys.executable, "-c", parent_code])
-    pid_file = tmp_path / "pid"
     _wait(lambda: pid_file.is_file() and pid_file.read_text() != "")
     pid = int(pid_file.read_text())
     parent.send_signal(signal.SIGKILL)
@@ -59,9 +62,9 @@ def _running(pid: int) -> bool:
         return False
 
 
-def _wait(condition: object) -> None:
+def _wait(condition: Callable[[], bool]) -> None:
     for _ in range(200):
-        if condition():  # type: ignore[operator]
+        if condition():
             return
         time.sleep(0.05)
     raise TimeoutError
@@ -69,9 +72,9 @@ def _wait(condition: object) -> None:
 
 def test_a_full_disk_and_a_full_card_are_told_apart_from_bugs(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", str(tmp_path / "x"))
-    assert worker._told(worker.disk_full(full), full).problems[0].startswith(f"no space left on {tmp_path / 'x'}")
-    assert worker.disk_full(RuntimeError("PytorchStreamWriter failed: No space left on device")) is not None
+    assert worker._told(disk_full(full), full).problems[0].startswith(f"no space left on {tmp_path / 'x'}")
+    assert disk_full(RuntimeError("PytorchStreamWriter failed: No space left on device")) is not None
     with pytest.raises(OSError, match="other"):
-        worker._told(worker.disk_full(OSError(5, "other")), OSError(5, "other"))
+        worker._told(disk_full(OSError(5, "other")), OSError(5, "other"))
     assert worker.is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not worker.is_out_of_memory(RuntimeError("shape mismatch"))

@@ -129,8 +129,7 @@ def refusal(facts: PlanFacts, found: Budget, ways: list[Remedy]) -> list[str]:
     missing = f"needs {_gb(facts.needed_bytes)}, the {facts.card} has {_gb(facts.available_bytes)}, {_gb(missing_bytes)} are missing"
     movable = f"the largest part that a setting moves is {term}, {_gb(num_bytes)} ({remedy.MOVES[term]})"
     lines = [f"does not fit: {missing}; {movable}"]
-    for way in ways:
-        lines.append(f"  --set {way.setting:<30} needs {_gb(way.needed_bytes)}; costs: {way.cost}")
+    lines += [f"  --set {way.setting:<30} needs {_gb(way.needed_bytes)}; costs: {way.cost}" for way in ways]
     return (
         lines
         if ways
