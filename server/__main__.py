@@ -56,7 +56,7 @@ async def serve(chosen: settings.Settings, listener: socket.socket) -> None:
         raise
     config = uvicorn.Config(create_app(chosen, engine), log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_S)
     host, port = listener.getsockname()[:2]
-    print(f"server: http://{host}:{port}/chat with engine {chosen.engine}", file=sys.stderr, flush=True)
+    print(f"server: http://{f'[{host}]' if ':' in host else host}:{port}/chat with engine {chosen.engine}", file=sys.stderr, flush=True)
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
@@ -64,8 +64,8 @@ def listen(host: str, port: int) -> socket.socket:
     """Bind before anything is loaded, so that a taken port is said at once. Raises SetupError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise SetupError(f"--host {host}: no such address ({error.strerror})") from error
+    except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot even be a name
+        raise SetupError(f"--host {host}: no such address ({error})") from error
     listener = socket.socket(family, kind)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

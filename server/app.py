@@ -22,7 +22,7 @@ def make_engine(settings: Settings) -> Engine:
     if settings.engine == "ollama":
         from server.engines.ollama import OllamaEngine
 
-        return OllamaEngine(settings.ollama_url, settings.slots)
+        return OllamaEngine(str(settings.ollama_url), settings.slots)
     from server.engines.embedded import EmbeddedEngine
 
     return EmbeddedEngine(settings.slots, settings.num_threads, settings.start_timeout_s)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, HttpUrl, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import SetupError
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     """Address to listen on; 0.0.0.0 lets the whole network in."""
     port: int = Field(8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    ollama_url: str = Field("http://127.0.0.1:11434", pattern=r"^https?://\S+$")
+    ollama_url: HttpUrl = HttpUrl("http://127.0.0.1:11434")
     """Where Ollama listens."""
     threads: int = Field(0, ge=0)
     """Threads of the embedded engine; 0 takes every core that this process may use."""

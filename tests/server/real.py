@@ -95,6 +95,14 @@ def free_port() -> int:
         return port
 
 
+def lives(pid: int) -> bool:
+    """A zombie does not: nobody may be there to reap an orphan."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class GatewayProcess:
     """A `python -m server` of its own."""
 
@@ -120,6 +128,7 @@ class GatewayProcess:
         while line := self._queue.get(timeout=60):
             if line.startswith("server: http://"):
                 return line.split()[1].removesuffix("/chat")
+        self.process.kill()
         raise AssertionError("the gateway did not start:\n" + "\n".join(self.lines))
 
     def wait_ready(self, timeout_s: float = 180) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.manifest import Release
-from tests.server.real import ROOT, clean_environment, free_port, gateway
+from tests.server.real import ROOT, clean_environment, free_port, gateway, lives
 from tests.server.scripted import small_release, sse
 
 
@@ -43,6 +43,19 @@ def test_an_ollama_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     code, text = run("--releases", str(small_release(tmp_path)), "--port", "0", TRINITY_ENGINE="ollama", TRINITY_OLLAMA_URL=url)
     assert (code, text.count("\n")) == (2, 1)
     assert f"no Ollama answers at {url}" in text and "ollama serve" in text
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://h:99999", "http://127.0.0.1:x", "ftp://h"])
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    code, text = run("--port", "0", "--engine", "ollama", "--ollama-url", url)
+    assert (code, text.count("\n")) == (2, 1)
+    assert "ollama_url" in text and url in text
+
+
+def test_a_host_that_is_none_is_one_line() -> None:
+    code, text = run("--port", "0", "--host", "a" * 80)
+    assert (code, text.count("\n")) == (2, 1)
+    assert "--host" in text and "no such address" in text
 
 
 def test_a_broken_manifest_and_a_changed_gguf_are_one_line_each(tmp_path: Path) -> None:
@@ -91,7 +104,7 @@ def test_a_release_is_served_by_the_embedded_engine_which_may_die_and_dies_with_
 
         [child] = children(running.process.pid)
         running.stop(signal.SIGKILL)
-        wait_for(lambda: not Path(f"/proc/{child}").exists())
+        wait_for(lambda: not lives(child))
 
 
 def children(pid: int) -> list[int]:

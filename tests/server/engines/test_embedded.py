@@ -20,7 +20,7 @@ from server.chat import ChatRequest, Delta, Message, Wishes
 from server.engines.embedded import Child, EmbeddedEngine
 from server.errors import EngineError
 from server.manifest import Release
-from tests.server.real import ROOT
+from tests.server.real import ROOT, lives
 from tests.server.scripted import until
 
 pytestmark = pytest.mark.anyio
@@ -105,14 +105,7 @@ def test_no_child_outlives_a_gateway_that_is_killed(release: Release) -> None:
         assert parent.stdout
         pid = int(parent.stdout.readline())
         parent.kill()
-    asyncio.run(until(lambda: not _lives(pid)))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    asyncio.run(until(lambda: not lives(pid)))
 
 
 async def test_other_users_of_the_machine_cannot_ask_the_child(release: Release) -> None:
