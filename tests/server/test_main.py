@@ -105,6 +105,8 @@ def test_a_release_is_served_by_the_embedded_engine_which_may_die_and_dies_with_
         [child] = children(running.process.pid)
         running.stop(signal.SIGKILL)
         wait_for(lambda: not lives(child))
+    said = "\n".join(running.lines)
+    assert "POST /chat" in said and probe.messages[0].content not in said, "prompts are nobody's business in a log"
 
 
 def children(pid: int) -> list[int]:
