@@ -22,8 +22,7 @@ WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "S
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
 DAYS_IN_MONTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 MINUTE_STEPS = (2, 3, 4, 5, 6, 10, 12, 15, 20, 30)
-HOUR_STEPS = (2, 3, 4, 6, 8, 12)
-OPENINGS = ("", "", "", "Run ", "Run the job ", "Start the backup ", "Remind me ")
+OPENINGS = ("", "", "Run ", "Remind me ")
 
 
 class Clock(NamedTuple):
@@ -44,47 +43,35 @@ class Days(NamedTuple):
 
 
 def clock(chance: random.Random) -> Clock:
-    kind = chance.choices(("time", "minutes", "hourly", "hours"), (76, 8, 8, 8))[0]
+    kind = chance.choices(("time", "minutes", "hourly"), (84, 8, 8))[0]
     minute = chance.randrange(60)
     if kind == "minutes":
         step = chance.choice(MINUTE_STEPS)
         return Clock(f"every {step} minutes", f"*/{step}", "*")
     if kind == "hourly":
         return Clock(f"every hour at minute {minute}", str(minute), "*")
-    if kind == "hours":
-        step = chance.choice(HOUR_STEPS)
-        return Clock(f"every {step} hours at minute {minute}", str(minute), f"*/{step}")
     hour = chance.randrange(24)
     return Clock(f"at {hour:02}:{minute:02}", str(minute), str(hour))
 
 
 def days(chance: random.Random) -> Days:
-    kind = chance.choices(("all", "weekday", "week", "weekend", "day", "date", "month", "weekday in month"), (14, 24, 7, 7, 14, 16, 9, 9))[
-        0
-    ]
+    kind = chance.choices(("all", "weekday", "week", "day", "date"), (14, 30, 10, 20, 26))[0]
     weekday, month = chance.randrange(7), chance.randrange(12)
     name, month_name = WEEKDAYS[weekday], MONTHS[month]
-    in_month, on_weekday = str(month + 1), str(weekday)
     fields = ("*", "*", "*")
     match kind:
         case "all":
-            words = ["every day", "daily", "each day"]
+            words = ["every day", "daily"]
         case "weekday":
-            words, fields = [f"every {name}", f"on {name}s", f"each {name}"], ("*", "*", on_weekday)
+            words, fields = [f"every {name}", f"on {name}s"], ("*", "*", str(weekday))
         case "week":
             words, fields = ["on weekdays", "every weekday"], ("*", "*", "1-5")
-        case "weekend":
-            words, fields = ["on weekends", "every weekend"], ("*", "*", "0,6")
         case "day":
             day = str(chance.randint(1, 28))
-            words, fields = [f"on day {day} of every month", f"on day {day} of the month", f"monthly on day {day}"], (day, "*", "*")
+            words, fields = [f"on day {day} of every month", f"monthly on day {day}"], (day, "*", "*")
         case "date":
             day = str(chance.randint(1, DAYS_IN_MONTH[month]))
-            words, fields = [f"on {month_name} {day}", f"on {day} {month_name}", f"every year on {month_name} {day}"], (day, in_month, "*")
-        case "month":
-            words, fields = [f"every day in {month_name}", f"daily in {month_name}"], ("*", in_month, "*")
-        case "weekday in month":
-            words, fields = [f"every {name} in {month_name}", f"on {name}s in {month_name}"], ("*", in_month, on_weekday)
+            words, fields = [f"on {month_name} {day}", f"every year on {month_name} {day}"], (day, str(month + 1), "*")
     return Days(chance.choice(words), *fields)
 
 

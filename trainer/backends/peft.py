@@ -60,6 +60,7 @@ def save(model: Any, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)
     settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     settings["target_modules"] = sorted(settings["target_modules"])  # PEFT keeps a set
+    settings["auto_mapping"] = None  # names the class that unsloth compiled; no one else has it
     (directory / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
