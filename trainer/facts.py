@@ -78,7 +78,7 @@ class TrainFacts(Facts):
 
 
 class Answer(Facts):
-    """One held-out prompt with what was expected and what was said, for the report."""
+    """The last question of one held-out record with what was expected and what was said, for the report."""
 
     prompt: str
     expected: str

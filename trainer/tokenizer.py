@@ -157,7 +157,7 @@ def _pairs(data: mmap.mmap) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+def _value(data: mmap.mmap | bytes, at: int, kind: int) -> tuple[Any, int]:
     """The value of a type at an offset, and the offset after it."""
     if kind == _STRING:
         (length,) = struct.unpack_from("<Q", data, at)

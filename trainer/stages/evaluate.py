@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from trainer.dataset.records import Record
 
-VERSION = 1
+VERSION = 2
 TOP = 256
 """Log-probabilities that are kept of each next-token distribution."""
 SHOWN = 8
@@ -67,7 +67,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> EvaluateFacts:
         num_reference=found.num_reference,
         num_held_out=held_out,
         answers=tuple(
-            Answer(prompt=question.prompt, expected=question.expected, base=base, tuned=said)
+            Answer(prompt=_turns(question.record)[-1]["content"], expected=question.expected, base=base, tuned=said)
             for question, base, said in zip(questions[:SHOWN], found.base, found.tuned, strict=False)
         ),
         wall_s=time.monotonic() - started,
