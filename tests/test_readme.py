@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -131,3 +132,19 @@ def test_false_lines_are_seen() -> None:
     assert missing_paths(README.replace("  pipeline.py ", "  pipe.py ")) == ["trainer/pipe.py"]
     assert unlisted(README.replace("Makefile  ", "LICENSE   ")) == {"Makefile"}
     assert unknown_targets(README.replace("make plan ", "make plane ")) == ["plane"]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / "bench" / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_figures_are_those_of_committed_rows() -> None:
+    demo = rows("demo")[-1]["metrics"]
+    minutes, seconds = divmod(round(demo["wall_s"]), 60)
+    assert f"{minutes} min {seconds:02} s, {demo['peak_rss_bytes'] / 1e9:.1f} GB resident" in README
+    base, tuned, served = (f"{demo[f'exact_match_{who}']:.0%}".replace("%", " %") for who in ("base", "tuned", "served"))
+    assert f"base {base}, tuned {tuned}, served q4_k_m {served} of {demo['num_records']}" in README
+    uncapped, capped = (row["metrics"] for row in rows("qdora_step")[:2])
+    gigabytes = [f"{uncapped[name] / 1e9:.1f} GB" for name in ("peak_bytes", "reserved_bytes")]
+    assert f"{uncapped['step_s']:.2f} s, {gigabytes[0]} allocated, {gigabytes[1]} reserved" in README
+    assert capped["outcome"] == "out_of_memory"
