@@ -170,7 +170,6 @@ def publish(target: Path, label: Label, hashes: Hashes, *, resume: bool = False)
     draft = Draft(partial)
     yield draft
     assert draft.facts is not None, "a stage returns what it measured"
-    (partial / DRAFT).unlink()
     record = Record(
         key=label.key, label=label, files=_seal(partial, hashes), facts=draft.facts.model_dump(mode="json"), wall_s=draft.wall_s
     )
@@ -317,12 +316,17 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _seal(partial: Path, hashes: Hashes) -> dict[str, FileRecord]:
     _flush(partial)
-    return {str(file.relative_to(partial)): FileRecord(num_bytes=file.stat().st_size, sha256=hashes.of(file)) for file in _files(partial)}
+    return {
+        str(file.relative_to(partial)): FileRecord(num_bytes=file.stat().st_size, sha256=hashes.of(file))
+        for file in _files(partial)
+        if file != partial / DRAFT
+    }
 
 
 def _swap(target: Path) -> None:
     partial, old = _beside(target, "partial"), _beside(target, "old")
     shutil.rmtree(old, ignore_errors=True)
+    (partial / DRAFT).unlink(missing_ok=True)  # only now: a crash while hashing must leave a train that is known by its label
     if target.exists():
         target.rename(old)
     partial.rename(target)

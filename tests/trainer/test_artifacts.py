@@ -167,3 +167,14 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_whole(tmp_path: Path, ha
             assert (artifact.path / "sub" / "page").read_text() == f"{trial_of} {number_of}"
             seen.add((trial_of, number_of))
     assert len(seen) > 5
+
+
+def test_a_crash_while_hashing_leaves_a_draft_that_is_known_by_its_label(tmp_path: Path) -> None:
+    class Crashing(Hashes):
+        def of(self, path: Path) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), artifacts.publish(tmp_path / "report", label(), Crashing(tmp_path / "memo.json")) as draft:
+        (draft.path / "report.html").write_text("x", encoding="utf-8")
+        draft.facts = FACTS
+    assert artifacts.draft_label(tmp_path / "report") == label()
