@@ -33,8 +33,10 @@ TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
 
 def sources(cfg: Config) -> Mapping[str, Path]:
-    """The user's file."""
-    return {"data": cfg.data.path}
+    """The user's file, and the tokenizer of a model that is a directory: other ids come out when either changes."""
+    found = {"data": cfg.data.path}
+    tokenizer = Path(cfg.model.name) / "tokenizer.json"
+    return {**found, "tokenizer": tokenizer} if tokenizer.is_file() else found
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> PrepareFacts:

@@ -237,3 +237,10 @@ def second_reading(text: str, weekdays: tuple[str, ...], months: tuple[str, ...]
     day = first(r"day (\d+)", rf"(?:{any_month}) (\d+)\b(?!:)", rf"(\d+) (?:{any_month})") or "*"
     weekday = "1-5" if "weekday" in text else "0,6" if "weekend" in text else named(weekdays, 0) or "*"
     return f"{minute} {hour} {day} {named(months, 1) or '*'} {weekday}"
+
+
+def test_the_tokenizer_of_a_model_directory_is_a_source_so_that_another_one_prepares_anew(tmp_path: Path) -> None:
+    cfg = config.load("tiny", [f"model.name={tmp_path}"])
+    assert prepare.sources(cfg) == {"data": cfg.data.path}
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert prepare.sources(cfg) == {"data": cfg.data.path, "tokenizer": tmp_path / "tokenizer.json"}
