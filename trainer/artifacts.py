@@ -30,6 +30,9 @@ F = TypeVar("F", bound=Facts)
 
 RECORD = "artifact.json"
 DRAFT = "draft.json"
+SCRATCH = "checkpoints"
+"""A folder that a stage keeps only while it is unfinished. It goes when the stage is published, not before: a crash in between
+must find it."""
 
 
 class Inputs(Protocol):
@@ -319,13 +322,14 @@ def _seal(partial: Path, hashes: Hashes) -> dict[str, FileRecord]:
     return {
         str(file.relative_to(partial)): FileRecord(num_bytes=file.stat().st_size, sha256=hashes.of(file))
         for file in _files(partial)
-        if file != partial / DRAFT
+        if file != partial / DRAFT and partial / SCRATCH not in file.parents
     }
 
 
 def _swap(target: Path) -> None:
     partial, old = _beside(target, "partial"), _beside(target, "old")
     shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial / SCRATCH, ignore_errors=True)
     (partial / DRAFT).unlink(missing_ok=True)  # only now: a crash while hashing must leave a train that is known by its label
     if target.exists():
         target.rename(old)

@@ -178,3 +178,14 @@ def test_a_crash_while_hashing_leaves_a_draft_that_is_known_by_its_label(tmp_pat
         (draft.path / "report.html").write_text("x", encoding="utf-8")
         draft.facts = FACTS
     assert artifacts.draft_label(tmp_path / "report") == label()
+
+
+def test_what_a_stage_keeps_while_unfinished_goes_when_it_is_published_and_not_before(tmp_path: Path, hashes: Hashes) -> None:
+    target = tmp_path / "report"
+    with artifacts.publish(target, label(), hashes) as draft:
+        (draft.path / artifacts.SCRATCH).mkdir()
+        (draft.path / artifacts.SCRATCH / "weights").write_text("x")
+        (draft.path / "page").write_text("y")
+        draft.facts = FACTS
+    assert sorted(path.name for path in target.iterdir()) == [artifacts.RECORD, "page"]
+    assert artifacts.read(target, ReportFacts, hashes) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +49,8 @@ def work(cfg: Config, train: Sequence[Example], valid: Sequence[Example]) -> Wor
 def run(
     cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Path, after_step: Callable[[int], None] = lambda step: None
 ) -> TrainFacts:
-    """Train into `out`: adapter/, best/, metrics.jsonl; checkpoints/ is gone when all is done.
+    """Train into `out`: adapter/, best/, metrics.jsonl. checkpoints/ stays until the stage is published: a crash before that goes on
+    from the last one.
 
     after_step: called with the number of each finished optimizer step, before anything else happens; for measurements.
 
@@ -74,7 +74,6 @@ def run(
         )
     peft.save(model, out / "adapter.new")
     checkpoints.replace(out / "adapter.new", out / "adapter")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return _facts(cfg, todo, journal, state, kernels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,9 +16,12 @@ import pytest
 import torch
 
 from trainer.config import Config
+from trainer.dataset.records import read
 from trainer.errors import ConfigError, Interrupted, StoppedError
 from trainer.facts import TrainFacts
 from trainer.stages import train
+from trainer.training import loop
+from trainer.training.batches import examples
 
 Make = Callable[..., Config]
 
@@ -35,7 +39,7 @@ def losses(facts: TrainFacts) -> list[float]:
 
 def test_it_leaves_pefts_two_files_twice_and_the_metrics(trained: tuple[Path, TrainFacts]) -> None:
     out, _ = trained
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "best", "metrics.jsonl"], "checkpoints go when all is done"
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "best", "checkpoints", "metrics.jsonl"]
     for folder in ("adapter", "best"):
         assert sorted(path.name for path in (out / folder).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -95,6 +99,24 @@ def test_a_killed_train_goes_on_as_if_nothing_had_happened(
     out, whole = trained
     assert losses(facts) == losses(whole)
     assert facts.valid_loss == whole.valid_loss and facts.num_tokens == whole.num_tokens
+    for folder in ("adapter", "best"):
+        name = Path(folder) / "adapter_model.safetensors"
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_train_that_was_finished_and_not_yet_published_is_not_repeated(
+    trained: tuple[Path, TrainFacts], tiny_config: Make, tiny_inputs: Any, tmp_path: Path
+) -> None:
+    """A crash between the last step and publishing: the last checkpoint is still there, and the same command ends at once with the same."""
+    out, whole = trained
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    steps: list[int] = []
+    cfg = tiny_config("train.max_steps=8")
+    prepared = tiny_inputs.path("prepare")
+    rows = [examples(read(prepared / name)) for name in ("train.jsonl", "valid.jsonl")]
+    facts = loop.run(cfg, *rows, tmp_path, steps.append)
+    assert steps == [] and facts.steps == whole.steps
+    assert losses(facts) == losses(whole) and facts.valid_loss == whole.valid_loss and facts.best_step == whole.best_step
     for folder in ("adapter", "best"):
         name = Path(folder) / "adapter_model.safetensors"
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
