@@ -75,6 +75,8 @@ class TrainFacts(Facts):
     best_step: int
     kernels: tuple[str, ...] = ()
     """Kernels of ours that were active."""
+    base_sha256: str = ""
+    """Hash of the NF4 state that was trained on: evaluate and export refuse another one under the same name."""
 
 
 class Answer(Facts):

@@ -64,6 +64,21 @@ def nf4_state(model: Model, cache_dir: Path, *, size: gemma3.Size | None = None)
     return target
 
 
+def sha256(directory: Path) -> str:
+    """Hash over the state's files, as recorded when it was made. Raises TornError where the directory is no whole state."""
+    return cache.open_record(directory, RECORD).sha256
+
+
+def require_same(directory: Path, trained_sha256: str) -> None:
+    """Raises ModelError when the state is not the one that the adapter was trained on (its base's files were replaced since)."""
+    found = sha256(directory)
+    if found != trained_sha256:
+        raise ModelError(
+            f"{directory}: these base weights (sha256 {found[:12]}...) are not those that the adapter was trained on ({trained_sha256[:12]}...): "
+            "bring the base model's files of then back, or train again: --set run.fresh=true"
+        )
+
+
 def verify(directory: Path) -> None:
     """Hash the whole state. Raises TornError or EditedError, naming every file that is wrong."""
     cache.verify(directory, RECORD)

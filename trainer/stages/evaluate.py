@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trainer import progress
 from trainer.artifacts import Inputs
 from trainer.config import Config
-from trainer.facts import Answer, EvaluateFacts
+from trainer.facts import Answer, EvaluateFacts, TrainFacts
 from trainer.scoring import share_exact
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sources(cfg: Config) -> Mapping[str, Path]:
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> EvaluateFacts:
     from trainer import tokenizer as tokenizers
-    from trainer.backends import peft
+    from trainer.backends import bitsandbytes, peft
     from trainer.training import measure, model
 
     started = time.monotonic()
@@ -53,7 +53,9 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> EvaluateFacts:
     tokenizer = tokenizers.load(prepared / "tokenizer.json")
     held_out, questions = _questions(prepared / "valid.jsonl", tokenizer, cfg.evaluate.max_records)
     folder = inputs.path("train") / ("best" if cfg.export.checkpoint == "best" else "adapter")
-    tuned = peft.load(model.base(cfg, model.nf4(cfg)), folder, base_name=cfg.model.name)
+    state = model.nf4(cfg)
+    bitsandbytes.require_same(state, inputs.facts(TrainFacts).base_sha256)
+    tuned = peft.load(model.base(cfg, state), folder, base_name=cfg.model.name)
     with measure.evaluating(tuned), peft.frozen_norms(tuned):
         found = _measure(cfg, tuned, questions, tokenizer, out)
     expected = [question.expected for question in questions]

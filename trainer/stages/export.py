@@ -37,6 +37,7 @@ def sources(cfg: Config) -> Mapping[str, Path]:
 def run(cfg: Config, inputs: Inputs, out: Path) -> ExportFacts:
     """Raises:
     ArtifactError: the adapter belongs to another base or cannot be merged.
+    ModelError: the base weights are not those that were trained on.
     MachineError: no room on the disk, or llama.cpp's library is missing.
     """
     from trainer.backends import bitsandbytes, llamacpp
@@ -46,6 +47,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> ExportFacts:
     started = time.monotonic()
     trained = inputs.facts(TrainFacts)
     state = bitsandbytes.nf4_state(cfg.model, cfg.paths.cache)
+    bitsandbytes.require_same(state, trained.base_sha256)
     base = bitsandbytes.Nf4Weights(state)
     best = cfg.export.checkpoint == "best"
     folder = inputs.path("train") / ("best" if best else "adapter")

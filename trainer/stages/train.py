@@ -9,7 +9,7 @@ from trainer.artifacts import Inputs
 from trainer.config import Config
 from trainer.facts import TrainFacts
 
-VERSION = 1
+VERSION = 2
 
 
 def sources(cfg: Config) -> Mapping[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer import progress
-from trainer.backends import peft
+from trainer.backends import bitsandbytes, peft
 from trainer.config import Config
 from trainer.dataset.pack import pack
 from trainer.errors import Interrupted
@@ -58,7 +58,8 @@ def run(
         Interrupted: a checkpoint was saved. StoppedError: the loss is no number; the last checkpoint stays.
     """
     checkpoints.tidy(out)
-    model = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
+    state_dir = models.nf4(cfg)
+    model = models.with_new_adapter(cfg, models.base(cfg, state_dir))
     if cfg.pack.enabled:
         models.require_boundaries(model, _probe(train))
     kernels = ("kept norms",) if cfg.model.backend == "transformers" and peft.keep_norms(model) else ()
@@ -74,7 +75,7 @@ def run(
         )
     peft.save(model, out / "adapter.new")
     checkpoints.replace(out / "adapter.new", out / "adapter")
-    return _facts(cfg, todo, journal, state, kernels)
+    return _facts(cfg, todo, journal, state, kernels).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
 
 
 def _train(cfg: Config, model: Any, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:

@@ -27,11 +27,12 @@ class Chain(NamedTuple):
     facts: ExportFacts
 
 
-def trained_facts() -> TrainFacts:
+def trained_facts(base_sha256: str) -> TrainFacts:
     point = LossPoint(step=4, loss=1.0)
     return TrainFacts(
         backend="transformers", device="cpu", rank=RANK, alpha=ALPHA, dora=True, rslora=True, max_tokens=256, packed=False, steps=5,
         accumulation=1, num_tokens=1, wall_s=1.0, tokens_per_s=1.0, peak_bytes=1, train_loss=(point,), valid_loss=(point,), best_step=4,
+        base_sha256=base_sha256,
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def chain(
     cfg = tiny_config("evaluate.max_new_tokens=12")
     train, evaluated, exported = (tmp_path_factory.mktemp(name) for name in ("train", "evaluate", "export"))
     write_adapter(train / "best", tiny_weights, cfg.model.name)
-    inputs = type(tiny_inputs)({**tiny_inputs.directories, "train": train}, {TrainFacts: trained_facts()})
+    inputs = type(tiny_inputs)({**tiny_inputs.directories, "train": train}, {TrainFacts: trained_facts(tiny_weights.sha256)})
     facts = evaluate.run(cfg, inputs, evaluated)
     inputs = type(tiny_inputs)({**inputs.directories, "evaluate": evaluated}, {**inputs.known, type(facts): facts})
     written = export.run(cfg, inputs, exported)

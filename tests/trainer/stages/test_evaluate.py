@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trainer.config import Config
-from trainer.facts import EvaluateFacts
+from trainer.errors import ModelError
+from trainer.facts import EvaluateFacts, TrainFacts
 from trainer.stages import evaluate, train
 
 Make = Callable[..., Config]
@@ -29,8 +30,8 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module")
 def run(tiny_config: Make, tiny_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
     trained, out = tmp_path_factory.mktemp("train"), tmp_path_factory.mktemp("evaluate")
-    train.run(tiny_config("train.learning_rate=2e-2"), tiny_inputs, trained)
-    inputs = tiny_inputs._replace(directories={**tiny_inputs.directories, "train": trained})
+    measured = train.run(tiny_config("train.learning_rate=2e-2"), tiny_inputs, trained)
+    inputs = tiny_inputs._replace(directories={**tiny_inputs.directories, "train": trained}, known={type(measured): measured})
     facts = evaluate.run(tiny_config(), inputs, out)
     return Run(inputs, out, facts, [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()])
 
@@ -106,6 +107,12 @@ def test_the_source_reads_neither_cfg_adapter_nor_cfg_train() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"
     }
     assert read and not read & {"adapter", "train"}
+
+
+def test_base_weights_that_were_replaced_since_are_refused(run: Run, tiny_config: Make, tmp_path: Path) -> None:
+    other = run.inputs.facts(TrainFacts).model_copy(update={"base_sha256": "0" * 64})
+    with pytest.raises(ModelError, match="not those that the adapter was trained on"):
+        evaluate.run(tiny_config(), run.inputs._replace(known={TrainFacts: other}), tmp_path)
 
 
 def test_export_checkpoint_chooses_the_adapter(run: Run, tiny_config: Make, tmp_path: Path) -> None:

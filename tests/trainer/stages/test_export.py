@@ -12,7 +12,8 @@ from typing import Any
 import gguf
 import pytest
 
-from trainer.errors import ArtifactError, MachineError
+from trainer.errors import ArtifactError, MachineError, ModelError
+from trainer.facts import TrainFacts
 from trainer.stages import export
 
 
@@ -47,6 +48,13 @@ def test_an_adapter_of_another_base_is_refused_by_name(chain: Any, tmp_path: Pat
     with pytest.raises(ArtifactError, match="the adapter belongs to 'somebody/else', not to 'random:tiny'"):
         export.run(chain.cfg, inputs, tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_base_weights_that_were_replaced_since_are_refused(chain: Any, tmp_path: Path) -> None:
+    other = chain.inputs.facts(TrainFacts).model_copy(update={"base_sha256": "0" * 64})
+    with pytest.raises(ModelError, match="not those that the adapter was trained on"):
+        export.run(chain.cfg, chain.inputs._replace(known={**chain.inputs.known, TrainFacts: other}), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_room_on_the_disk_is_said_with_both_numbers(tmp_path: Path) -> None:
