@@ -113,8 +113,8 @@ def test_a_train_that_was_finished_and_not_yet_published_is_not_repeated(
     steps: list[int] = []
     cfg = tiny_config("train.max_steps=8")
     prepared = tiny_inputs.path("prepare")
-    rows = [examples(read(prepared / name)) for name in ("train.jsonl", "valid.jsonl")]
-    facts = loop.run(cfg, *rows, tmp_path, steps.append)
+    rows, valid = (examples(read(prepared / name)) for name in ("train.jsonl", "valid.jsonl"))
+    facts = loop.run(cfg, rows, valid, tmp_path, steps.append)
     assert steps == [] and facts.steps == whole.steps
     assert losses(facts) == losses(whole) and facts.valid_loss == whole.valid_loss and facts.best_step == whole.best_step
     for folder in ("adapter", "best"):
