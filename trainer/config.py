@@ -104,6 +104,33 @@ class Train(Section):
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
 
+class Kernels(Section):
+    """How a step is computed. "ours" that cannot be installed is an error; "stock" is what PEFT, transformers and torch bring."""
+
+    layer: Literal["ours", "stock"] = "stock"
+    """Our decoder layer in place of each `model.layers[i]`: float32 residual, recompute by hand, what follows inside it."""
+    dora: Literal["ours", "stock"] = "ours"
+    """DoRA with kept norms and a backward of its own; without `layer` at PEFT's seam."""
+    attention: Literal["ours", "stock"] = "ours"
+    norms: Literal["ours", "stock"] = "ours"
+    """RMSNorm, rope and residual in fused kernels; "stock" is torch's operations one by one."""
+    geglu: Literal["ours", "stock"] = "ours"
+    loss: Literal["ours", "stock"] = "ours"
+    """Chunked cross-entropy; "stock" holds all logits at once."""
+    offload: Literal["ours", "stock"] = "ours"
+    """Layer inputs wait for their recompute in pinned host memory; "stock" leaves them on the card."""
+    keep_bytes: int = Field(0, ge=0)
+    """Bytes of the card for outputs that spare their matrix product in the recompute; 0 recomputes all."""
+    keep_pinned_bytes: int = Field(0, ge=0)
+    """The same in pinned host memory, filled after keep_bytes."""
+    mlp_tile_tokens: int = Field(4096, ge=128)
+    """The MLP runs over so many tokens at a time."""
+    span_layers: int = Field(1, ge=1, le=4)
+    """Layers between two checkpoints: 2 halves their bytes for a sixth more arithmetic."""
+    pin_gradients: bool = False
+    """Adapter gradients move to pinned memory as each layer finishes, for long contexts."""
+
+
 class Checkpoint(Section):
     every_steps: int = Field(50, ge=1)
     keep: int = Field(2, ge=1)
@@ -179,6 +206,7 @@ class Config(Section):
     export: Export = Export()
     verify: Verify = Verify()
     # How, not what: never part of a key.
+    kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
     paths: Paths = Paths()
