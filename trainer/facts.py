@@ -23,6 +23,8 @@ class PlanFacts(Facts):
     """Bytes a term; their sum is needed_bytes."""
     num_parameters: int
     download_bytes: int
+    pinned_bytes: int = 0
+    """Pinned memory of the host, beside needed_bytes."""
 
 
 class PrepareFacts(Facts):

@@ -1,4 +1,4 @@
-"""Seconds from bytes moved. Thin: only generation in evaluate, which surprises people most; steps follow with our own kernels."""
+"""Seconds from FLOPs and bytes moved. Estimates: a sum of products at a card's sustained rate, nothing of launches and copies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import math
 
 from trainer.config import Config
 from trainer.gemma3 import Size
-from trainer.planner.budget import weights
+from trainer.planner import keep, ours
 from trainer.planner.cards import Card
+from trainer.planner.standing import num_trainable, tokens, weights
+
+DEQUANTISE_BYTES = 4.5
+"""Traffic of one weight on its way into a product: half a byte of code read, 2 bytes written and read again."""
+LORA_PASSES = 5
+"""Products with A and with B each: forward, recompute, and in the backward P = dY B with dX's part, dA with dB, and X A^T once more."""
+ATTENTION_PASSES = 4.5
+"""Of the forward's two products: forward, recompute, and five products of the same size in the backward."""
 
 
 def generation_s(cfg: Config, size: Size, card: Card) -> float:
@@ -21,3 +29,59 @@ def generation_s(cfg: Config, size: Size, card: Card) -> float:
     dequantised = 4 * size.num_linear_parameters if cfg.evaluate.batch_records > 1 else 0
     token_s = (sum(weights(cfg, size).values()) + dequantised) / card.bytes_per_s
     return models * batches * cfg.evaluate.max_new_tokens * token_s
+
+
+def step_s(cfg: Config, size: Size, card: Card) -> float | None:
+    """A step of T tokens in our layer, accumulation 1, s: step_flops at what the card sustains, and dequantising at its bandwidth.
+
+    None where it cannot be said: the stock layer, or a card whose sustained rate nobody measured.
+    """
+    if cfg.kernels.layer == "stock" or cfg.model.device == "cpu" or card.flops_per_s is None:
+        return None
+    dequantised = DEQUANTISE_BYTES * size.num_linear_parameters * (2 + _again(cfg) + (1 if cfg.adapter.dora else 0))
+    return sum(step_flops(cfg, size).values()) / card.flops_per_s + dequantised / card.bytes_per_s
+
+
+def step_flops(cfg: Config, size: Size) -> dict[str, float]:
+    """FLOPs by part, 2 a multiply-add; one document of T tokens, every token supervised.
+
+    linears: 2 T in out each, in forward, recompute and dX. spans: all layers of a span but the last run once more, to find
+    the inputs of those behind them. kept: what the recompute is spared. head: logits and dL/dh. norms: W A^T, once a step.
+    """
+    num, rank = tokens(cfg), cfg.adapter.rank
+    linears = 2.0 * num * size.num_linear_parameters
+    matrices = num_trainable(cfg, size)[0]
+    attention = sum(attention_flops(size, num, layer) for layer in range(size.num_layers))
+    return {
+        "linears": 3 * linears,
+        "spans": _again(cfg) * (linears + attention),
+        "kept": -kept_flops(cfg, size),
+        "head": 2 * 2.0 * num * size.vocab_size * size.hidden_size,
+        "LoRA": (LORA_PASSES + _again(cfg)) * 2.0 * num * matrices,
+        "attention": ATTENTION_PASSES * attention,
+        "norms": 2.0 * rank * size.num_linear_parameters if cfg.adapter.dora else 0.0,
+    }
+
+
+def attention_flops(size: Size, num: int, layer: int) -> float:
+    """Forward of one layer's attention over a document of `num` tokens: two products over the pairs of the causal, windowed band."""
+    window = num if size.is_global(layer) else min(num, size.sliding_window)
+    pairs = num * window - window * window / 2
+    return 4.0 * size.query_size * pairs
+
+
+def kept_flops(cfg: Config, size: Size) -> float:
+    """What kept outputs spare: their products in the recompute, and once more in a layer that its span runs twice."""
+    num, made = tokens(cfg), keep.outputs(size, tokens(cfg))
+    total = 0.0
+    for layer, names in ours.kept(cfg, size).items():
+        last = (layer + 1) % cfg.kernels.span_layers == 0 or layer == size.num_layers - 1
+        products = sum(2.0 * num * out * into for name in names for out, into in made[name].products)
+        attention = attention_flops(size, num, layer) if "attention" in names else 0.0
+        total += (products + attention) * (1 if last else 2)
+    return total
+
+
+def _again(cfg: Config) -> float:
+    """Share of the layers that a span computes once more."""
+    return (cfg.kernels.span_layers - 1) / cfg.kernels.span_layers

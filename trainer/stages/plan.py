@@ -14,11 +14,12 @@ from trainer.config import Config, Model
 from trainer.errors import DoesNotFitError, ModelError
 from trainer.facts import PlanFacts
 from trainer.gemma3 import Size
-from trainer.planner import cards, remedy, roofline
+from trainer.planner import cards, keep, ours, remedy, roofline
 from trainer.planner.budget import Budget, budget
 from trainer.planner.remedy import Remedy
+from trainer.planner.standing import tokens
 
-VERSION = 1
+VERSION = 2
 
 EMBEDDED_BYTES = 253_000_000
 """The package that carries Gemma 3 270M."""
@@ -50,15 +51,17 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> PlanFacts:
         terms=dict(found.terms),
         num_parameters=size.num_parameters,
         download_bytes=download_bytes(cfg.model, size),
+        pinned_bytes=ours.pinned_bytes(cfg, size),
     )
     ways = [] if facts.fits else remedy.remedies(cfg, size, available)
     _write(out / "plan.json", facts, found, ways)
     progress.say(table(cfg, facts, found))
-    if cfg.model.device == "cuda":
-        generating = progress.duration(roofline.generation_s(cfg, size, cards.card(cfg.plan)))
-        progress.say(f"evaluate generates for up to {generating} on such a card (evaluate.max_records, exact_match, max_new_tokens)")
-    if not facts.fits:
-        raise DoesNotFitError(*refusal(facts, found, ways))
+    for line in [*keeping(cfg, size, facts), *host(cfg, size, facts), *speed(cfg, size)]:
+        progress.say(line)
+    problems = [] if facts.fits else refusal(cfg, facts, found, ways)
+    problems += too_much_pinned(cfg, size, facts)
+    if problems:
+        raise DoesNotFitError(*problems)
     progress.say(f"fits: {_gb(available - facts.needed_bytes)} of {_gb(available)} stay free")
     return facts
 
@@ -122,19 +125,73 @@ def table(cfg: Config, facts: PlanFacts, found: Budget) -> str:
     return "\n".join(lines)
 
 
-def refusal(facts: PlanFacts, found: Budget, ways: list[Remedy]) -> list[str]:
+def keeping(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
+    """What is kept from the recompute, and how much more would fit."""
+    names = {"card": "on the card", "pinned": "pinned"}
+    counts = keep.summary(ours.kept(cfg, size))
+    parts = [
+        f"{names[where]} {', '.join(f'{name} of {num} layers' for name, num in found.items())}" for where, found in counts.items() if found
+    ]
+    roomiest = remedy.roomiest_keep(cfg, size, facts.available_bytes)
+    lines = [f"kept from the recompute: {'; '.join(parts)}"] if parts else []
+    more = f"kernels.keep_bytes={roomiest} fits too, and spares recompute"
+    return [*lines, more] if roomiest >= cfg.kernels.keep_bytes + remedy.KEEP_STEP else lines
+
+
+def host(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
+    """What is pinned of the host's memory, with a warning and remedies where that is much."""
+    if not facts.pinned_bytes:
+        return []
+    terms = ", ".join(f"{name} {_gb(num)}" for name, num in ours.pinned(cfg, size).items())
+    limits = cards.pinned_limits(cfg.plan)
+    has = f" of the {_gb(limits[1])} that Colab gives with a {facts.card}" if limits else ""
+    lines = [f"pinned in the host's memory: {_gb(facts.pinned_bytes)}{has} ({terms})"]
+    if limits and limits[0] < facts.pinned_bytes <= limits[1]:
+        lines.append(f"warning: more than {_gb(limits[0])} pinned leave little for the rest of a machine of Colab's; less is pinned with")
+        lines += _shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))
+    return lines
+
+
+def too_much_pinned(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
+    """Why the host cannot pin that much, and what would do."""
+    limits = cards.pinned_limits(cfg.plan)
+    if not limits or facts.pinned_bytes <= limits[1]:
+        return []
+    why = f"does not fit: {_gb(facts.pinned_bytes)} of pinned memory, and a machine with a {facts.card} has {_gb(limits[1])} on Colab"
+    return [f"{why}; for a larger machine give plan.vram_gb", *_shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))]
+
+
+def speed(cfg: Config, size: Size) -> list[str]:
+    """Seconds of a step and of evaluate's answers on the card of the plan."""
+    if cfg.model.device == "cpu":
+        return []
+    card = cards.card(cfg.plan)
+    generating = progress.duration(roofline.generation_s(cfg, size, card))
+    lines = [f"evaluate generates for up to {generating} on such a card (evaluate.max_records, exact_match, max_new_tokens)"]
+    step_s = roofline.step_s(cfg, size, card)
+    if step_s and card.flops_per_s:
+        rate = f"{card.flops_per_s / 1e12:g} TFLOP/s"
+        lines.insert(0, f"estimated: {step_s:.1f} s for a pass of {tokens(cfg)} tokens and a step on such a card, at {rate}; not measured")
+    return lines
+
+
+def refusal(cfg: Config, facts: PlanFacts, found: Budget, ways: list[Remedy]) -> list[str]:
     """Why not, and which changes do fit."""
-    term, num_bytes = remedy.largest_movable(found)
+    term, num_bytes, setting = remedy.largest_movable(cfg, found)
     missing_bytes = facts.needed_bytes - facts.available_bytes
     missing = f"needs {_gb(facts.needed_bytes)}, the {facts.card} has {_gb(facts.available_bytes)}, {_gb(missing_bytes)} are missing"
-    movable = f"the largest part that a setting moves is {term}, {_gb(num_bytes)} ({remedy.MOVES[term]})"
+    movable = f"the largest part that a setting moves is {term}, {_gb(num_bytes)} ({setting})"
     lines = [f"does not fit: {missing}; {movable}"]
-    lines += [f"  --set {way.setting:<30} needs {_gb(way.needed_bytes)}; costs: {way.cost}" for way in ways]
+    lines += _shown(ways)
     return (
         lines
         if ways
         else [*lines, "  no single setting makes it fit: lower data.max_tokens and adapter.rank together, or take a smaller model"]
     )
+
+
+def _shown(ways: list[Remedy]) -> list[str]:
+    return [f"  --set {way.setting:<30} needs {_gb(way.needed_bytes)}; costs: {way.cost}" for way in ways]
 
 
 def _write(path: Path, facts: PlanFacts, found: Budget, ways: list[Remedy]) -> None:

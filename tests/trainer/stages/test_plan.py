@@ -20,24 +20,59 @@ def run(cfg: Config, out: Path) -> PlanFacts:
     return plan.run(cfg, Job(stage="plan", config=cfg, inputs={}, out=out), out)
 
 
-def test_the_product_does_not_fit_a_t4_today_and_the_refusal_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stock_layer_does_not_fit_a_t4_and_the_refusal_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        run(load("gemma3-12b-t4"), tmp_path)
+        run(load("gemma3-12b-t4", ["kernels.layer=stock"]), tmp_path)
     message = str(caught.value)
     assert caught.value.exit_code == 4
     assert "needs 18.39 GB, the T4 has 15.83 GB, 2.56 GB are missing" in message
     assert "attention scores, 4.29 GB (data.max_tokens)" in message
+    assert "--set kernels.layer=ours" in message
     assert "--set data.max_tokens=2304" in message
     written = json.loads((tmp_path / "plan.json").read_text())
     assert not written["fits"]
-    assert written["remedies"][0]["setting"] == "data.max_tokens=2304"
+    assert [way["setting"] for way in written["remedies"]][:2] == ["kernels.layer=ours", "data.max_tokens=2304"]
     assert "attention scores                 4.29 GB  ██" in capsys.readouterr().out
 
 
-def test_it_fits_once_the_first_remedy_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = run(load("gemma3-12b-t4", ["data.max_tokens=2304"]), tmp_path)
+@pytest.mark.parametrize("remedy", ["kernels.layer=ours", "data.max_tokens=2304"])
+def test_it_fits_once_a_remedy_is_taken(remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run(load("gemma3-12b-t4", ["kernels.layer=stock", remedy]), tmp_path)
     assert facts.fits
     assert "fits: " in capsys.readouterr().out
+
+
+def ours(*overrides: str) -> Config:
+    nothing = ["kernels.layer=ours", "kernels.keep_bytes=0", "kernels.keep_pinned_bytes=0", "export.num_ctx=65536"]
+    return load("gemma3-12b-t4", [*nothing, *overrides])
+
+
+def test_with_our_layer_the_plan_says_what_is_pinned_kept_and_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run(ours("kernels.keep_bytes=2_000_000_000", "kernels.keep_pinned_bytes=1_000_000_000"), tmp_path)
+    said = capsys.readouterr().out
+    assert facts.fits
+    assert facts.pinned_bytes == 48 * 2 * 4096 * 3840 + 31 * 2 * 4096 * 3840
+    assert "pinned in the host's memory: 2.49 GB of the 12.70 GB" in said
+    assert "on the card down of 48 layers, o of 15 layers; pinned o of 31 layers" in said
+    assert "estimated: 12.1 s for a pass of 4096 tokens" in said
+    assert "kernels.keep_bytes=3400000000 fits too" in said
+    assert "warning" not in said
+
+
+def test_much_pinned_memory_is_warned_of_with_what_pins_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run(ours("data.max_tokens=24576"), tmp_path)
+    said = capsys.readouterr().out
+    assert facts.fits
+    assert "warning: more than 6.50 GB pinned" in said
+    assert "--set kernels.span_layers=2 " in said
+
+
+def test_more_pinned_memory_than_the_machine_has_is_refused_unless_it_is_another_machine(tmp_path: Path) -> None:
+    too_much = ours("kernels.keep_pinned_bytes=12_000_000_000")
+    with pytest.raises(DoesNotFitError, match=r"13\.29 GB of pinned memory, and a machine with a T4 has 12\.70 GB") as caught:
+        run(too_much, tmp_path)
+    assert "--set kernels.keep_pinned_bytes=5000000000 " in str(caught.value)
+    assert run(ours("kernels.keep_pinned_bytes=12_000_000_000", "plan.vram_gb=15.8"), tmp_path).fits
 
 
 def test_terms_sum_to_what_is_needed_and_plan_json_holds_the_facts(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""The budget of our own layer against arithmetic by hand, at Gemma 3 12B, rank 64, float16."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.config import Config, load
+from trainer.gemma3 import SIZES
+from trainer.planner import ours
+from trainer.planner.budget import Budget, budget
+
+SIZE = SIZES["12b"]
+H, INNER, Q, KV, L = 3840, 15360, 4096, 2048, 48
+LONG = ("data.max_tokens=24576", "kernels.span_layers=2", "kernels.pin_gradients=true", "kernels.mlp_tile_tokens=4096")
+
+
+def config(*overrides: str) -> Config:
+    nothing = ["kernels.layer=ours", "kernels.keep_bytes=0", "kernels.keep_pinned_bytes=0", "export.num_ctx=65536"]
+    return load("gemma3-12b-t4", [*nothing, *overrides])
+
+
+def found(*overrides: str) -> Budget:
+    return budget(config(*overrides), SIZE)
+
+
+def test_the_product_takes_11_4_gb_with_nothing_kept() -> None:
+    standing = 7.566e9 + 2 * 1.0565e9 + 0.550e9 + 12 * 2.236e6
+    T = 4096
+    mlp = 4 * T * H + 12 * T * H + T * (6 * INNER + 8 * H) + 6 * H * INNER
+    assert found().moment == "mlp"
+    assert found().allocated_bytes == pytest.approx(standing + mlp, rel=0.001)
+    assert 11.2e9 < found().allocated_bytes < 11.5e9
+
+
+def test_a_long_context_reserves_less_than_15_2_gb_and_pins_less_than_6_5() -> None:
+    terms = found(*LONG).terms
+    T = 24576
+    attention = 2 * T * (2 * (Q + 2 * KV) + Q + KV + 3 * Q) + 8 * T * KV
+    assert found(*LONG).moment == "attention"
+    assert terms["attention tensors"] == attention
+    assert terms["residuals"] == 16 * T * H
+    assert found(*LONG).needed_bytes - terms["CUDA context"] < 15.2e9
+    assert ours.pinned(config(*LONG), SIZE) == {"layer inputs": 24 * 2 * T * H, "gradients": 4 * (261_881_856 + 2_236_416)}
+    assert ours.pinned_bytes(config(*LONG), SIZE) < 6.5e9
+
+
+def test_gradients_that_are_pinned_leave_two_layers_behind_and_come_back_for_the_step() -> None:
+    card, away = found().terms["gradients"], found("kernels.pin_gradients=true")
+    assert away.terms["gradients"] == 2 * card // L
+    assert away.aside["optimizer"] == card
+    short = found("kernels.pin_gradients=true", "data.max_tokens=512")
+    assert short.moment == "optimizer", "nothing is won where a pass needs less than the gradients"
+
+
+def test_kept_tensors_count_as_they_are_used_not_as_they_are_allowed() -> None:
+    down = 2 * 4096 * H
+    assert found(f"kernels.keep_bytes={down * L + down // 2}").terms["kept tensors"] == down * L
+    assert found("kernels.keep_bytes=900_000_000_000").terms["kept tensors"] == L * (
+        2 * down + 2 * 4096 * (Q + 2 * KV + 2 * INNER + Q) + 4 * 4096 * 16
+    )
+
+
+def test_pinned_kept_tensors_take_two_buffers_of_the_card() -> None:
+    cfg = config(f"kernels.keep_pinned_bytes={2 * 4096 * H * L}")
+    assert ours.pinned(cfg, SIZE)["kept tensors"] == 2 * 4096 * H * L
+    assert budget(cfg, SIZE).terms["kept tensors, on their way"] == 2 * 2 * 4096 * H
+    assert budget(cfg, SIZE).allocated_bytes == found().allocated_bytes + 2 * 2 * 4096 * H
+
+
+def test_longer_spans_pin_less_and_hold_more_residuals() -> None:
+    inputs = [ours.pinned_bytes(config(f"kernels.span_layers={span}"), SIZE) for span in (1, 2, 3, 4)]
+    assert inputs == [2 * 4096 * H * spans for spans in (48, 24, 16, 12)]
+    residuals = [found(f"kernels.span_layers={span}").terms["residuals"] for span in (1, 2, 3, 4)]
+    assert residuals == [4 * 4096 * H * num for num in (3, 4, 5, 6)]
+    assert ours.num_spans(config("kernels.span_layers=4"), SIZES["1b"]) == 7, "26 layers: the last span has two"
+
+
+def test_without_offload_layer_inputs_stay_on_the_card() -> None:
+    cfg = config("kernels.offload=stock")
+    assert ours.pinned_bytes(cfg, SIZE) == 0
+    assert budget(cfg, SIZE).terms["layer inputs"] == L * 4 * 4096 * H
+
+
+def test_a_smaller_tile_lowers_the_mlp_and_a_larger_than_the_row_changes_nothing() -> None:
+    lower = found("kernels.mlp_tile_tokens=2048")
+    assert lower.moment == "attention"
+    assert sum(ours.moments(config(), SIZE)["mlp"].values()) - lower.aside["mlp"] == found().terms["MLP tile"] // 2
+    assert found("kernels.mlp_tile_tokens=8192") == found()
+
+
+def test_pieces_switched_off_cost_what_stock_costs() -> None:
+    assert found("kernels.attention=stock").terms["attention scores"] == 4 * 4 * 16 * 4096**2
+    assert found("kernels.loss=stock").terms["logits and loss"] > 4096 * 262_208 * 8
+    assert found("kernels.dora=stock").terms["DoRA's norms in PEFT"] > 2e9
+
+
+def test_nothing_is_quadratic_in_the_context() -> None:
+    at = [found(f"data.max_tokens={num}", "kernels.mlp_tile_tokens=1024") for num in (16384, 32768, 65536)]
+    lower, upper = (at[num + 1].allocated_bytes - at[num].allocated_bytes for num in (0, 1))
+    assert upper == pytest.approx(2 * lower, rel=1e-6)
+
+
+def test_the_stock_layer_pins_nothing_of_ours() -> None:
+    assert ours.pinned(config("kernels.layer=stock", "kernels.keep_pinned_bytes=1_000_000_000"), SIZE) == {}
+
+
+def test_a_cpu_has_no_memory_to_pin_beside_its_own() -> None:
+    tiny, size = load("tiny", ["kernels.layer=ours", "kernels.keep_pinned_bytes=1_000_000"]), SIZES["tiny"]
+    assert ours.pinned_bytes(tiny, size) == 0
+    terms = budget(tiny, size).terms
+    assert terms["layer inputs"] == 2 * 4 * 512 * 256
+    assert 0 < terms["kept tensors"] <= 1_000_000
+    assert "CUDA context" not in terms
+
+
+@pytest.mark.parametrize("name", ["1b", "4b", "12b", "27b"])
+def test_other_sizes_are_counted_by_the_same_formulas(name: str) -> None:
+    """A card with endless memory for each: terms are whole and positive, and weights lead."""
+    cfg = config(f"model.name=google/gemma-3-{name}-it")
+    terms = budget(cfg, SIZES[name]).terms
+    assert all(num > 0 for num in terms.values())
+    assert terms["residuals"] == 12 * 4096 * SIZES[name].hidden_size
