@@ -33,11 +33,14 @@ NAMED = (
 """Packages whose versions a figure depends on."""
 
 
-def append(bench: str, who: str, work: Mapping[str, Any], metrics: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
+def append(
+    bench: str, who: str, work: Mapping[str, Any], metrics: Mapping[str, Any], path: Path | None = None, run: str | None = None
+) -> dict[str, Any]:
     """Append one row to bench/results/<bench>.jsonl, or to `path`, and return it.
 
     who: "ours", or the peer with its version. work: the settings. metrics: numbers, units in the names.
-    The commit comes from TRINITY_COMMIT where .git did not travel; a tree with changes is marked `-dirty`.
+    The commit comes from TRINITY_COMMIT where .git did not travel; a tree with changes is marked `-dirty`. run: what several
+    commands on one machine share, from here or from TRINITY_RUN; else each process has its own.
     """
     row = {
         "bench": bench,
@@ -47,7 +50,7 @@ def append(bench: str, who: str, work: Mapping[str, Any], metrics: Mapping[str, 
         "hardware": hardware(),
         "versions": versions(),
         "commit": os.environ.get("TRINITY_COMMIT") or commit(),
-        "run": run_id(),
+        "run": run or os.environ.get("TRINITY_RUN") or run_id(),
     }
     target = path or RESULTS / f"{bench}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
