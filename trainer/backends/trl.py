@@ -5,6 +5,8 @@ What of TRL's and HF's is switched off, and why:
 - dataset preparation, packing, padding-free: rows come tokenized, and batches from trainer.training.batches;
 - compute_loss: TRL 1.15's fused head is a Triton kernel that no CPU runs; ours is trainer.kernels.loss;
 - the cast of a quantised model's adapter to bfloat16: a T4 has none, and small updates would vanish in it;
+- clipping, and the norm that is taken even without it: the optimizer that is handed in scales, clips and skips by itself;
+- counting tokens on the card, which waits for it in every micro-batch: a batch knows its own number;
 - the NaN filter, which hides the first bad loss; model cards; telemetry; bars and prints.
 
 The module is only imported once the model is there: unsloth must come before trl.
@@ -16,15 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from trainer.config import Train
-from trainer.errors import StoppedError
-from trainer.kernels.loss import summed_cross_entropy
+from trainer.kernels.loss import Hidden, Summed, of_batch, summed_cross_entropy
 
 R = TypeVar("R")
 
@@ -43,26 +43,46 @@ class Observer(Protocol):
         """Asked after each step: True saves a checkpoint and ends the training."""
 
 
-class Trainer(SFTTrainer):
-    """SFTTrainer with its loss, its files and its talk replaced; its loop, schedule, clipping and resume are used."""
+class Stepper(Protocol):
+    """The optimizer: trainer.training.scaling. It clips, and skips a step whose gradients overflowed; HF's schedule goes on then."""
 
+    scale: float
+    grad_norm: float | None
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer with its loss, its files and its talk replaced; its loop, schedule and resume are used."""
+
+    hidden: Hidden
+    summed: Summed
+    stepper: Stepper
     save_adapter: Callable[[Path], None]
     seal: Callable[[Path], object]
     partial: Path
     """Where a checkpoint is written before seal() moves it to its place."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Mean over the supervised tokens of the whole optimizer step: each micro-batch adds its sum / num_items_in_batch."""
+        """Mean over the supervised tokens of the whole optimizer step: each micro-batch adds its sum / num_items_in_batch.
+
+        Its value is what is logged; the loss scale comes in where backward begins. Whether it is a number is asked once a step, by
+        the observer, since asking here would wait for the card in every micro-batch.
+        """
         assert num_items_in_batch is not None and not return_outputs
-        total = summed_loss(model, inputs)
-        if not torch.isfinite(total):
-            raise StoppedError(_diverged(self.state.global_step, "the loss"))
-        return total / num_items_in_batch
+        head = _base(model).get_output_embeddings().weight
+        loss = of_batch(inputs, self.hidden, head, self.summed) / num_items_in_batch
+        loss.register_hook(lambda grad: grad * self.stepper.scale)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.stepper.grad_norm is not None:
+            logs["grad_norm"] = self.stepper.grad_norm
         super().log(logs, start_time)
-        if not all(torch.isfinite(torch.tensor(float(value))) for key, value in logs.items() if key == "grad_norm"):
-            raise StoppedError(_diverged(self.state.global_step, "the gradient's norm"))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
+        """None: the stepper takes it."""
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        self.state.num_input_tokens_seen += inputs["num_tokens"]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: the adapter's own two files say what it is."""
@@ -84,12 +104,8 @@ class Trainer(SFTTrainer):
         self.partial.rmdir()
 
 
-def summed_loss(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Sum of -log p over the supervised tokens of a batch, nats; float32."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = {name: value for name, value in inputs.items() if name != "labels"}
-    hidden = base.model(**forward, use_cache=False).last_hidden_state
-    return summed_cross_entropy(hidden, base.get_output_embeddings().weight, inputs["labels"])
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _Events(TrainerCallback):
@@ -111,7 +127,7 @@ class _Events(TrainerCallback):
 def trainer(
     model: Any,
     rows: Sequence[R],
-    tensors: Callable[[list[R]], Mapping[str, torch.Tensor]],
+    tensors: Callable[[list[R]], Mapping[str, Any]],
     *,
     train: Train,
     accumulation: int,
@@ -119,12 +135,18 @@ def trainer(
     partial: Path,
     device: str,
     checkpointing: bool,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Stepper,
     save_adapter: Callable[[Path], None],
     seal: Callable[[Path], object],
     observer: Observer,
+    hidden: Hidden | None = None,
+    summed: Summed = summed_cross_entropy,
 ) -> Trainer:
-    """The trainer of one attempt; `train(resume_from_checkpoint=...)` runs it."""
+    """The trainer of one attempt; `train(resume_from_checkpoint=...)` runs it.
+
+    optimizer: a torch optimizer, too. tensors: makes batches as trainer.training.model does. hidden: the final hidden states of a
+    batch's inputs; without it the model's own forward pass.
+    """
     trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     made = Trainer(
         model=model,
@@ -140,6 +162,8 @@ def trainer(
     made.processing_class = None  # else each checkpoint would hold a copy
     made.remove_callback(PrinterCallback)
     made.save_adapter, made.seal, made.partial = save_adapter, seal, partial
+    made.hidden = hidden or (lambda inputs: _base(model).model(**inputs, use_cache=False).last_hidden_state)
+    made.summed, made.stepper = summed, optimizer
     return made
 
 
@@ -153,7 +177,7 @@ def _arguments(train: Train, accumulation: int, every_steps: int, partial: Path,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
         warmup_steps=train.warmup_steps,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=0.0,
         weight_decay=train.weight_decay,
         seed=train.seed,
         data_seed=train.seed,
@@ -183,10 +207,3 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")  # noqa: S106 - no password
-
-
-def _diverged(step: int, what: str) -> str:
-    return (
-        f"train: {what} is no number after step {step}; the last checkpoint is kept. Lower train.learning_rate or "
-        "train.max_grad_norm, or look for broken records near that step, and start with --set run.fresh=true"
-    )

@@ -14,12 +14,14 @@ from trainer import progress
 from trainer.backends import bitsandbytes, peft
 from trainer.config import Config
 from trainer.dataset.pack import pack
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, StoppedError
 from trainer.facts import TrainFacts
+from trainer.kernels import loss
 from trainer.training import checkpoints, interrupt, measure, memory, optimizer
 from trainer.training import model as models
 from trainer.training.batches import Example, Row, accumulation, row, sample
 from trainer.training.journal import Journal
+from trainer.training.scaling import Stepper, diverged
 
 
 class Work(NamedTuple):
@@ -46,6 +48,24 @@ def work(cfg: Config, train: Sequence[Example], valid: Sequence[Example]) -> Wor
     return Work(rows, held_out, passes, cfg.train.max_steps or math.ceil(cfg.train.epochs * each_epoch))
 
 
+class Computing(NamedTuple):
+    """How a model with an adapter computes a step."""
+
+    hidden: loss.Hidden
+    """Final hidden states, in training and in validation."""
+    refresh: Callable[[], None]
+    """Renews what follows from the adapter's weights: DoRA's norms."""
+    active: tuple[str, ...]
+    """Names of our own pieces, for the facts."""
+
+
+def computing(cfg: Config, model: Any) -> Computing:
+    """Put the pieces that cfg.kernels names into a model with a new adapter."""
+    # kernels.layer = "ours" goes here, on a card: stack = install(model, cfg); Computing(stack.hidden, stack.refresh, stack.active)
+    kept = cfg.model.backend == "transformers" and peft.keep_norms(model)
+    return Computing(models.hidden_states(model), lambda: peft.refresh_norms(model), ("kept norms",) if kept else ())
+
+
 def run(
     cfg: Config, train: Sequence[Example], valid: Sequence[Example], out: Path, after_step: Callable[[int], None] = lambda step: None
 ) -> TrainFacts:
@@ -60,25 +80,32 @@ def run(
     checkpoints.tidy(out)
     state_dir = models.nf4(cfg)
     model = models.with_new_adapter(cfg, models.base(cfg, state_dir))
+    how = computing(cfg, model)
     if cfg.pack.enabled:
-        models.require_boundaries(model, _probe(train))
-    kernels = ("kept norms",) if cfg.model.backend == "transformers" and peft.keep_norms(model) else ()
+        models.require_boundaries(model, _probe(train), how.hidden)
+    stepper = Stepper(
+        optimizer.build(model.named_parameters(), cfg.train),
+        max_norm=cfg.train.max_grad_norm,
+        after=how.refresh,
+        scaled=cfg.model.dtype == "float16",
+    )
     todo = work(cfg, train, valid)
     resume = checkpoints.newest(out / "checkpoints")
     done = checkpoints.step_of(resume) if resume else 0
     journal = Journal(out / "metrics.jsonl", done)
     with interrupt.listening() as stop, progress.task("train", todo.steps - done, "steps") as task:
-        state = _train(cfg, model, todo, Watch(cfg, model, todo, journal, out, stop, task, after_step), out, resume)
+        watch = Watch(cfg, model, how, stepper, todo, journal, out, stop, task, after_step)
+        state = _train(cfg, model, how, stepper, todo, watch, out, resume)
     if stop() and state.global_step < state.max_steps:
         raise Interrupted(
             f"train: interrupted after step {state.global_step} of {state.max_steps}; a checkpoint is saved, the same command goes on"
         )
     peft.save(model, out / "adapter.new")
     checkpoints.replace(out / "adapter.new", out / "adapter")
-    return _facts(cfg, todo, journal, state, kernels).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
+    return _facts(cfg, todo, journal, state, how.active).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
 
 
-def _train(cfg: Config, model: Any, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
+def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
     """Run HF's loop; returns its TrainerState."""
     from trainer.backends import trl  # after the model: unsloth must be imported before trl
 
@@ -95,10 +122,12 @@ def _train(cfg: Config, model: Any, todo: Work, watch: Watch, out: Path, resume:
         device=cfg.model.device,
         # unsloth brings a checkpointing of its own
         checkpointing=cfg.train.gradient_checkpointing and cfg.model.backend != "unsloth",
-        optimizer=optimizer.build(model.named_parameters(), cfg.train),
+        optimizer=stepper,
         save_adapter=lambda target: peft.save(model, target),
         seal=lambda written: checkpoints.seal(written, directory, cfg.checkpoint.keep),
         observer=watch,
+        hidden=how.hidden,
+        summed=loss.summed_cross_entropy if cfg.kernels.loss == "ours" else loss.stock_cross_entropy,
     )
     if resume:
         progress.say(f"train: going on from step {checkpoints.step_of(resume)}")
@@ -113,6 +142,8 @@ class Watch:
         self,
         cfg: Config,
         model: Any,
+        how: Computing,
+        stepper: Stepper,
         todo: Work,
         journal: Journal,
         out: Path,
@@ -120,7 +151,7 @@ class Watch:
         task: progress.Task,
         after_step: Callable[[int], None],
     ) -> None:
-        self._cfg, self._model, self._todo = cfg, model, todo
+        self._cfg, self._model, self._how, self._stepper, self._todo = cfg, model, how, stepper, todo
         self._journal, self._out, self._task, self._after_step = journal, out, task, after_step
         self.stop = stop
         self._before_s = journal.wall_s
@@ -130,11 +161,10 @@ class Watch:
     def began(self, state: Any) -> None:
         assert state.max_steps == self._todo.steps, "we and HF count steps differently"
         self._tokens = int(state.num_input_tokens_seen)
-        peft.refresh_norms(self._model)  # a checkpoint may have replaced the weights
+        self._how.refresh()  # a checkpoint may have replaced the weights
         self._started = self._stepped = time.monotonic()
 
     def stepped(self, state: Any) -> None:
-        peft.refresh_norms(self._model)
         self._after_step(state.global_step)
         now = time.monotonic()
         self._step_s, self._step_tokens = now - self._stepped, int(state.num_input_tokens_seen) - self._tokens
@@ -144,14 +174,19 @@ class Watch:
         self._stepped = time.monotonic()
 
     def logged(self, step: int, figures: Mapping[str, float]) -> None:
+        """Raises StoppedError where the loss is no number, before this step's checkpoint is written."""
         if "loss" not in figures:
             return
+        if not math.isfinite(figures["loss"]):
+            raise StoppedError(diverged(step - 1, "the loss"))
         speed, peak = self._step_tokens / self._step_s, memory.peak_bytes(self._cfg.model.device)
         self._journal.write(
             step,
             loss=figures["loss"],
             learning_rate=figures["learning_rate"],
-            grad_norm=figures.get("grad_norm"),
+            grad_norm=self._stepper.grad_norm,
+            loss_scale=self._stepper.scale,
+            skipped=self._stepper.skipped,
             tokens_per_s=speed,
             num_tokens=self._tokens,
             step_s=self._step_s,
@@ -163,7 +198,7 @@ class Watch:
     def _validate(self, state: Any) -> None:
         """state carries the best loss so far through a checkpoint, in HF's own fields."""
         with measure.evaluating(self._model), peft.frozen_norms(self._model):
-            found = measure.loss(self._model, self._todo.valid, max(4, self._cfg.train.batch_records))
+            found = measure.loss(self._model, self._todo.valid, max(4, self._cfg.train.batch_records), hidden=self._how.hidden)
         self._journal.write(state.global_step, valid_loss=found)
         self._task.advance(0, valid_loss=found)
         if state.best_metric is None or found < state.best_metric:

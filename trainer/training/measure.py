@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from trainer.backends import transformers
-from trainer.kernels.loss import summed_cross_entropy
-from trainer.training.batches import IGNORE, Row
-from trainer.training.model import tensors
+from trainer.kernels.loss import Hidden, of_batch
+from trainer.training.batches import Row
+from trainer.training.model import hidden_states, moved, tensors
 
 STOPS = [106, 1]
 """<end_of_turn> and <eos>: either ends an answer."""
@@ -34,15 +34,17 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(before)
 
 
-def loss(model: Any, rows: Sequence[Row], batch_rows: int, advance: Advance = lambda n: None) -> float:
-    """Mean of -log p over all supervised tokens of the rows, nats. Rows of like length share a batch."""
+def loss(model: Any, rows: Sequence[Row], batch_rows: int, advance: Advance = lambda n: None, *, hidden: Hidden | None = None) -> float:
+    """Mean of -log p over all supervised tokens of the rows, nats. Rows of like length share a batch.
+
+    hidden: what training computes its hidden states with; without it the model's own forward pass.
+    """
+    compute, head = hidden or hidden_states(model), _head(model)
     total, count = 0.0, 0
     for batch in _batches(sorted(rows, key=lambda row: len(row.ids)), batch_rows):
         made = tensors(list(batch))
-        labels = made.pop("labels")
-        hidden = _hidden(model, made)
-        total += float(summed_cross_entropy(hidden, _head(model), labels.to(hidden.device)))
-        count += int((labels[:, 1:] != IGNORE).sum())
+        total += float(of_batch(moved(made, head.device), compute, head))
+        count += len(made["supervised"])
         advance(len(batch))
     return total / count
 
@@ -91,7 +93,8 @@ def reference(
     parts = []
     for number, (prompt, answer) in enumerate(zip(prompts, given, strict=True)):
         ids = torch.tensor([[*prompt, *answer]])
-        hidden = _hidden(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0, len(prompt) - 1 : -1]
+        batch = moved({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, _head(model).device)
+        hidden = hidden_states(model)(batch)[0, len(prompt) - 1 : -1]
         logs = torch.log_softmax(torch.mm(hidden.to(_head(model).dtype), _head(model).t()).float(), dim=1)
         best = logs.topk(min(top, logs.shape[1]), dim=1)
         places = np.arange(len(answer), dtype=np.int32)
@@ -104,14 +107,6 @@ def _head(model: Any) -> Tensor:
     """[V, H] output embeddings. Gemma 3 caps no logits."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
-
-
-def _hidden(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """[B, T, H] after the final norm, without the logits of the whole batch."""
-    device = _head(model).device
-    inputs = {name: value.to(device) for name, value in batch.items()}
-    hidden: Tensor = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
-    return hidden
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trainer.backends import bitsandbytes, hub, peft, transformers
 from trainer.backends import unsloth as unsloth_wall
 from trainer.config import Config
 from trainer.errors import ConfigError, MachineError
+from trainer.kernels import loss
 from trainer.training.batches import Example, Packed, Row, packed, padded, row
 
 
@@ -44,9 +46,26 @@ def with_new_adapter(cfg: Config, model: Any) -> Any:
     return peft.attach(model, cfg.adapter, base_name=cfg.model.name, revision=cfg.model.revision, seed=cfg.train.seed)
 
 
-def tensors(rows: list[Row]) -> dict[str, Tensor]:
-    """A padded batch, [B, T] each."""
-    return {name: torch.tensor(values) for name, values in padded(rows).items()}
+def hidden_states(model: Any) -> loss.Hidden:
+    """What a model computes up to its head by its own forward pass; Gemma 3 caps no logits."""
+    inner = model.get_base_model().model
+
+    def hidden(inputs: Mapping[str, Any]) -> Tensor:
+        found: Tensor = inner(**inputs, use_cache=False).last_hidden_state
+        return found
+
+    return hidden
+
+
+def tensors(rows: list[Row]) -> dict[str, Any]:
+    """A padded batch, [B, T] each, and what is beside it (_beside)."""
+    made = {name: torch.tensor(values) for name, values in padded(rows).items()}
+    return made | _beside(made["labels"], rows)
+
+
+def _beside(labels: Tensor, rows: list[Row]) -> dict[str, Any]:
+    """What would cost a wait for the card to learn there: which rows bear loss, and how many tokens are no padding."""
+    return {"supervised": loss.supervised_rows(labels), "num_tokens": sum(len(one.ids) for one in rows)}
 
 
 def packed_tensors(rows: list[Row]) -> dict[str, Any]:
@@ -54,27 +73,35 @@ def packed_tensors(rows: list[Row]) -> dict[str, Any]:
     derives them (position_ids that restart, and no attention_mask)."""
     found: Packed = packed(rows)
     boundaries = torch.tensor(found.cu_seqlens, dtype=torch.int32)
+    labels = torch.tensor([found.labels])
     return {
         "input_ids": torch.tensor([found.input_ids]),
-        "labels": torch.tensor([found.labels]),
+        "labels": labels,
         "position_ids": torch.tensor([found.position_ids]),
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": found.longest,
         "max_length_k": found.longest,
+        **_beside(labels, rows),
     }
 
 
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 @torch.no_grad()
-def require_boundaries(model: Any, probe: tuple[Example, Example]) -> None:
+def require_boundaries(model: Any, probe: tuple[Example, Example], hidden: loss.Hidden | None = None) -> None:
     """Measure whether the model's attention keeps packed records apart: the second must not see the first.
 
     Raises:
         ConfigError: it sees it.
     """
     first, second = probe
-    device = next(model.parameters()).device
-    alone, together = (_hidden(model, packed_tensors([members]), device) for members in (row(second), row(first, second)))
+    compute, device = hidden or hidden_states(model), next(model.parameters()).device
+    batches = [packed_tensors([members]) for members in (row(second), row(first, second))]
+    alone, together = (compute(loss.inputs(moved(batch, device)))[0].float() for batch in batches)
     tail = together[len(first.ids) :]
     error, size = float((tail - alone).abs().max()), float(alone.abs().max())
     if not error <= 0.02 * size:
@@ -82,10 +109,3 @@ def require_boundaries(model: Any, probe: tuple[Example, Example]) -> None:
             f"pack.enabled = true, but this model's attention lets packed records see each other (hidden states move by {error / size:.0%} "
             "of their size); set pack.enabled = false"
         )
-
-
-def _hidden(model: Any, batch: dict[str, Any], device: torch.device) -> Tensor:
-    """[T, H] final hidden states of one packed line, float32."""
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items() if name != "labels"}
-    hidden: Tensor = model.get_base_model().model(**moved, use_cache=False).last_hidden_state[0]
-    return hidden.float()
