@@ -214,20 +214,25 @@ class Tensor(NamedTuple):
 
 def tensors(side: Mapping[str, Any]) -> Iterator[Tensor]:
     """Of a node's inputs or outputs. A tensor's value is [id, storage, offset, elements, bytes an element, device]."""
-    strides = side.get("strides") or [[]] * len(side["values"])
-    for place, (found, shape, stride) in enumerate(zip(side["values"], side["shapes"], strides, strict=True)):
+    for place, (found, shape, stride) in enumerate(_aligned(side["values"], side["shapes"], side.get("strides"))):
         yield from _flat(place, found, shape, stride)
 
 
 def _flat(place: int, found: Any, shape: Any, stride: Any) -> Iterator[Tensor]:
-    if not isinstance(found, list) or not found:
+    if not isinstance(found, list):
         return
-    if isinstance(found[0], list):
-        for each in zip(found, shape, stride or [[]] * len(found), strict=True):
+    if any(isinstance(each, list) for each in found):
+        for each in _aligned(found, shape, stride):
             yield from _flat(place, *each)
     elif len(found) == 6 and isinstance(found[5], str):
         same = math.prod(length for length, step in zip(shape, stride, strict=False) if step == 0 and length)
         yield Tensor(place, found[1], found[3] // same * found[4], found[5])
+
+
+def _aligned(found: list[Any], shapes: Any, strides: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Where a list's shapes or strides are not one for each value, they say nothing."""
+    filled = [each if isinstance(each, list) and len(each) == len(found) else [[]] * len(found) for each in (shapes, strides)]
+    yield from zip(found, *filled, strict=True)
 
 
 def _bytes(found: Iterable[Tensor], device: str) -> float:

@@ -8,11 +8,12 @@
 
 DIR holds a Gemma 3 in the hub's layout (python -m trainer.random_weights DIR --size 12b --device cuda). A row of data is one
 document of exactly --tokens tokens, all of them supervised; a step is --accumulation rows. step_s is the median over the
-measured steps, each ended by a synchronisation, from the end of the step before it, norm refresh included; B != 0 and m != n
-from the second step on, as there is no warm-up of the learning rate. kernel_s is the sum of all kernels of one more step under
-torch's profiler, without copies and memsets (they overlap with kernels, kernels do not with each other). peak_bytes and
-reserved_bytes are torch's own maxima over the measured steps, pinned_bytes what the loop says that it pinned, host_pinned_bytes
-what torch's pinned allocator handed out at most, of whomever. first_step_s holds every compilation. With --mixed every row is a
+measured steps, each ended by a synchronisation, from the end of the step before it, norm refresh included. Steps that the loss
+scale skipped are not among them; --warmup must be long enough for the scale to settle, after which B != 0 and m != n, as there
+is no warm-up of the learning rate. kernel_s is the sum of all kernels of one more step under torch's profiler, without copies
+and memsets (they overlap with kernels, kernels do not with each other). peak_bytes and reserved_bytes are torch's own maxima over
+the measured steps, pinned_bytes what the loop says that it pinned, host_pinned_bytes what torch's pinned allocator handed out at
+most, of whomever. first_step_s holds every compilation; a --cache that is new makes it a cold one. With --mixed every row is a
 micro-batch and a step of its own, and `compiles` counts Triton kernels and torch.compile graphs that are new in measured steps.
 Out of memory is a row too.
 
@@ -39,7 +40,6 @@ from typing import Any, NamedTuple
 from bench import kernels, mix, rows
 from trainer.config import Config, load
 
-WARMUP = 2
 PIECES = ("layer", "dora", "attention", "norms", "geglu", "loss", "offload")
 """What `kernels` has of ours."""
 PEER = ["model.backend=unsloth", "adapter.dora=false", *(f"kernels.{piece}=stock" for piece in PIECES if piece != "loss")]
@@ -50,11 +50,11 @@ ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "UNSLOTH_DI
 def main(arguments: Sequence[str]) -> int:
     options = parser(__doc__).parse_args(arguments)
     profiled = 0 if options.mixed else 1
-    cfg = config(options, WARMUP + options.steps + profiled)
-    watch = Watch(options.steps, options.device, profiled=bool(profiled))
+    cfg = config(options, options.warmup + options.steps + profiled)
+    watch = Watch(options.warmup, options.steps, options.device, profiled=bool(profiled))
     found = measure(cfg, options, watch.after_step)
     watch.close()
-    metrics = {"outcome": found.outcome, **watch.metrics(), **found.metrics()}
+    metrics = {"outcome": found.outcome, **watch.metrics(found.skipped()), **found.metrics()}
     if options.mixed:
         metrics |= watch.speed(found.journal)
     metrics["forbidden"] = kernels.forbidden(one.name for one in watch.kernels) if options.mode == "t4" and watch.kernels else None
@@ -75,6 +75,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=4096)
     made.add_argument("--mode", choices=("t4", "bf16"), default="t4")
     made.add_argument("--steps", type=int, default=5, help="measured steps, after the warm-up")
+    made.add_argument("--warmup", type=int, default=6, help="steps before those; the loss scale finds its place in them")
     made.add_argument("--accumulation", type=int, default=1, help="rows of a step")
     made.add_argument("--mixed", choices=("packed", "unpacked"), default=None, help="records of mixed lengths, --tokens at most")
     made.add_argument("--without", choices=PIECES, action="append", default=[], help="a piece of ours to switch off")
@@ -149,6 +150,10 @@ class Measured(NamedTuple):
     journal: list[dict[str, Any]]
     """What the loop wrote to metrics.jsonl."""
 
+    def skipped(self) -> set[int]:
+        """Steps that changed no weight, since their gradients overflowed: they have no norm."""
+        return {line["step"] for line in self.journal if "loss" in line and line.get("grad_norm") is None}
+
     def metrics(self) -> dict[str, Any]:
         pinned = getattr(self.facts, "pinned_bytes", None)
         return {
@@ -189,7 +194,9 @@ def measure(cfg: Config, options: argparse.Namespace, after_step: Callable[[int]
 
 def set_up(cfg: Config, options: argparse.Namespace) -> None:
     """The environment that libraries read at import, and in T4 mode torch's switches."""
-    os.environ.update(ENVIRONMENT | {"UNSLOTH_COMPILE_LOCATION": str(cfg.paths.cache.resolve() / "unsloth")})
+    cache = cfg.paths.cache.resolve()
+    caches = {"UNSLOTH_COMPILE_LOCATION": "unsloth", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    os.environ.update(ENVIRONMENT | {name: str(cache / folder) for name, folder in caches.items()})
     if options.mode == "t4" and options.device == "cuda":
         os.environ["UNSLOTH_ENABLE_FLEX_ATTENTION"] = "0"
         import torch
@@ -229,9 +236,9 @@ def host_pinned_bytes() -> int:
 class Watch:
     """Times of steps, maxima of memory over the measured ones, and the kernels of one more."""
 
-    def __init__(self, steps: int, device: str, *, profiled: bool) -> None:
-        self._last, self._device, self._profiled = WARMUP + steps, device, profiled
-        self._step_s: list[float] = []
+    def __init__(self, warmup: int, steps: int, device: str, *, profiled: bool) -> None:
+        self._warmup, self._last, self._device, self._profiled = warmup, warmup + steps, device, profiled
+        self._step_s: dict[int, float] = {}
         self._began = 0.0
         self._peak: tuple[int, int] | None = None
         self._compiled: list[int] = []
@@ -243,9 +250,9 @@ class Watch:
 
         if self._device == "cuda":
             torch.cuda.synchronize()
-        if WARMUP < step <= self._last:
-            self._step_s.append(time.perf_counter() - self._began)
-        if step == WARMUP:
+        if self._warmup < step <= self._last:
+            self._step_s[step] = time.perf_counter() - self._began
+        if step == self._warmup:
             self._compiled.append(mix.compiled())
             if self._device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -268,12 +275,15 @@ class Watch:
         if self._peak is None:
             self._remember_peak()
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, skipped: set[int]) -> dict[str, Any]:
+        """skipped: steps without an update; their times count for nothing, and a profiled one among them gives no kernel_s."""
         peak, reserved = self._peak or (0, 0)
+        times = [took for step, took in self._step_s.items() if step not in skipped]
         return {
-            "step_s": statistics.median(self._step_s) if self._step_s else None,
-            "kernel_s": kernels.seconds(self.kernels) if self.kernels else None,
-            "steps": len(self._step_s),
+            "step_s": statistics.median(times) if times else None,
+            "kernel_s": kernels.seconds(self.kernels) if self.kernels and self._last + 1 not in skipped else None,
+            "steps": len(times),
+            "skipped_steps": len(skipped),
             "peak_bytes": peak,
             "reserved_bytes": reserved,
             "compiles": self._compiled[1] - self._compiled[0] if len(self._compiled) == 2 else None,
@@ -283,10 +293,10 @@ class Watch:
     def speed(self, journal: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Tokens of the measured steps over their time."""
         seen = {line["step"]: line["num_tokens"] for line in journal if "num_tokens" in line}
-        if not {WARMUP, self._last} <= seen.keys():
+        if not {self._warmup, self._last} <= seen.keys():
             return {"num_tokens": None, "tokens_per_s": None}
-        tokens = seen[self._last] - seen[WARMUP]
-        return {"num_tokens": tokens, "tokens_per_s": tokens / sum(self._step_s)}
+        tokens = seen[self._last] - seen[self._warmup]
+        return {"num_tokens": tokens, "tokens_per_s": tokens / sum(self._step_s.values())}
 
     def _remember_peak(self) -> None:
         import torch

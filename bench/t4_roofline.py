@@ -27,12 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.mode != "t4" or options.mixed:
         parser.error("a T4's roofline is of a step in T4 mode on one document")
-    cfg = qdora_step.config(options, qdora_step.WARMUP + 1)
-    watch = Watch(options.device)
+    cfg = qdora_step.config(options, options.warmup + 1)
+    watch = Watch(options.warmup, options.device)
     try:
         found = qdora_step.measure(cfg, options, watch.after_step)
     finally:
         watch.close()
+    if options.warmup + 1 in found.skipped():
+        print("the counted step overflowed and had no update: no row; give a larger --warmup", file=sys.stderr)
+        return 1
     counted = watch.counted
     metrics = {"outcome": found.outcome, **(counted.metrics() if counted else {}), "forbidden": kernels.forbidden(watch.names)}
     metrics["uncounted"] = sorted(counted.unknown_us, key=lambda name: -counted.unknown_us[name])[:8] if counted else None
@@ -48,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 class Watch:
     """Profiles the step after the warm-up: torch's trace, its execution trace, and Triton's launches."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, warmup: int, device: str) -> None:
+        self._warmup, self._device = warmup, device
         self._open = ExitStack()
         self._launches: list[counting.Done] = []
         self._profiler: Any = None
@@ -62,7 +65,7 @@ class Watch:
 
         if self._device == "cuda":
             torch.cuda.synchronize()
-        if step == qdora_step.WARMUP:
+        if step == self._warmup:
             self._begin()
         elif self._profiler is not None:
             self._profiler.__exit__(None, None, None)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counting, kernels
 
@@ -58,6 +59,16 @@ def test_backward_is_counted(traced: Traced) -> None:
     assert counting.count(events, nodes, [], "cpu").metrics()["fp32_flops"] == 3 * 2 * 3 * 5 * 4
 
 
+def test_the_same_flops_as_torchs_own_counter(traced: Traced) -> None:
+    """Which sees no kernels and no compiled code, but shares nothing with ours."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    x = torch.ones(10, 32)
+    with FlopCounterMode(display=False) as oracle:
+        torch.autograd.backward(model(x).sum())
+    events, nodes = traced(lambda: torch.autograd.backward(model(x).sum()))
+    assert counting.count(events, nodes, [], "cpu").metrics()["fp32_flops"] == oracle.get_total_flops() > 0
+
+
 @pytest.mark.parametrize(
     ("name", "work", "num_bytes"),
     [
@@ -67,6 +78,7 @@ def test_backward_is_counted(traced: Traced) -> None:
         ("aten::copy_", lambda: torch.empty(6).copy_(torch.empty(6, dtype=torch.float64)), 4 * 6 + 8 * 6),
         ("aten::mm", lambda: torch.mm(torch.ones(3, 2), torch.ones(2, 4), out=torch.ones(3, 4)), 4 * (6 + 8 + 12)),
         ("aten::_foreach_mul_", lambda: torch._foreach_mul_([torch.ones(2), torch.ones(3)], 2.0), 4 * 2 * 5),
+        ("aten::_foreach_norm", lambda: torch._foreach_norm([torch.ones(7) for _ in range(672)], 2.0), 4 * 672 * 8),
         ("aten::embedding", lambda: torch.embedding(torch.ones(100, 4), torch.tensor([1, 2, 3])), 3 * 8 + 2 * 4 * 12),
         ("aten::index_add_", lambda: torch.ones(100, 4).index_add_(0, torch.tensor([1]), torch.ones(1, 4)), 8 + 3 * 16),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from bench import qdora_step, rows, t4_roofline
 
-TINY = ("--preset", "tiny", "--model", "random:tiny", "--device", "cpu", "--tokens", "64")
+TINY = ("--preset", "tiny", "--model", "random:tiny", "--device", "cpu", "--tokens", "64", "--warmup", "2")
 BIG = ("--model", "somewhere")
 
 
@@ -74,8 +74,24 @@ def test_a_step_is_measured_on_the_loop_of_train(tmp_path: Path, cache: Path) ->
     assert (metrics["outcome"], metrics["steps"]) == ("ok", 2)
     assert 0 < metrics["step_s"] < 60
     assert metrics["first_step_s"] > 0
+    assert metrics["skipped_steps"] == 0
     assert metrics["compiles"] == 0
     assert metrics.keys() >= {"kernel_s", "peak_bytes", "reserved_bytes", "pinned_bytes", "kernels", "forbidden"}
+
+
+def test_a_step_without_an_update_is_no_measured_step() -> None:
+    journal: list[dict[str, Any]] = [
+        {"step": 1, "loss": 2.0, "grad_norm": None},
+        {"step": 2, "loss": 2.0, "grad_norm": 1.0},
+        {"step": 2, "valid_loss": 2.0},
+    ]
+    assert qdora_step.Measured("ok", None, journal).skipped() == {1}
+    watch = qdora_step.Watch(0, 2, "cpu", profiled=False)
+    for step in range(3):
+        watch.after_step(step)
+    assert watch.metrics(set())["steps"] == 2
+    assert watch.metrics({1})["steps"] == 1
+    assert watch.metrics({1, 2})["step_s"] is None
 
 
 @pytest.mark.parametrize("how", ["packed", "unpacked"])
