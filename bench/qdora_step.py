@@ -12,9 +12,10 @@ measured steps, each ended by a synchronisation, from the end of the step before
 scale skipped are not among them; --warmup must be long enough for the scale to settle, after which B != 0 and m != n, as there
 is no warm-up of the learning rate. kernel_s is the sum of all kernels of one more step under torch's profiler, without copies
 and memsets (they overlap with kernels, kernels do not with each other). peak_bytes and reserved_bytes are torch's own maxima over
-the measured steps, pinned_bytes what the loop says that it pinned, host_pinned_bytes what torch's pinned allocator handed out at
-most, of whomever. first_step_s holds every compilation; a --cache that is new makes it a cold one. With --mixed every row is a
-micro-batch and a step of its own, and `compiles` counts Triton kernels and torch.compile graphs that are new in measured steps.
+the measured steps, host_pinned_bytes what torch's pinned allocator handed out at most, pinned_bytes what the loop says that it
+pinned, or that maximum where it does not say. first_step_s holds every compilation; a --cache that is new makes it a cold one.
+With --mixed every row is a micro-batch and a step of its own, and `compiles` counts Triton kernels and torch.compile graphs that
+are new in measured steps.
 Out of memory is a row too.
 
 The peer's row runs the same loop, unsloth's decoder layers and checkpointing, and our chunked loss: unsloth fuses its own too.
@@ -155,10 +156,11 @@ class Measured(NamedTuple):
         return {line["step"] for line in self.journal if "loss" in line and line.get("grad_norm") is None}
 
     def metrics(self) -> dict[str, Any]:
-        pinned = getattr(self.facts, "pinned_bytes", None)
+        measured = host_pinned_bytes()
         return {
-            "pinned_bytes": host_pinned_bytes() if pinned is None else pinned,
-            "host_pinned_bytes": host_pinned_bytes(),
+            # a peer's loop does not say
+            "pinned_bytes": getattr(self.facts, "pinned_bytes", 0) or measured,
+            "host_pinned_bytes": measured,
             "first_step_s": next((line["step_s"] for line in self.journal if "step_s" in line), None),
             "kernels": list(self.facts.kernels) if self.facts else None,
         }
