@@ -9,7 +9,7 @@ from trainer.artifacts import Inputs
 from trainer.config import Config
 from trainer.facts import TrainFacts
 
-VERSION = 2
+VERSION = 3
 
 
 def sources(cfg: Config) -> Mapping[str, Path]:

@@ -104,12 +104,10 @@ class Stepper(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rest = dict(state_dict)
-        own = rest.pop("scaling", None)
+        own = rest.pop("scaling")
         self._inner.load_state_dict(rest)
         self._share()
-        if own is not None:  # checkpoints from before there was a scale hold none
-            self.scale = own["scale"] if self._scaled else 1.0
-            self._good, self._steps, self.skipped = own["good"], own["steps"], own["skipped"]
+        self.scale, self._good, self._steps, self.skipped = own["scale"], own["good"], own["steps"], own["skipped"]
 
     def _share(self) -> None:
         """Loading a state gives inner new groups and a new state."""

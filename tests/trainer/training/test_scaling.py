@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -209,3 +210,20 @@ def test_a_schedule_drives_the_optimizer_inside() -> None:
         made.zero_grad()
         assert torch.equal(before, parameters[0].detach()) is not moves
         assert all(one.grad is None for one in parameters)
+
+
+@pytest.mark.gpu
+def test_on_a_card_a_step_waits_once() -> None:
+    parameters = [Parameter(torch.randn(64, 64, device="cuda")) for _ in range(3)]
+    made = Stepper(torch.optim.AdamW(parameters), max_norm=1.0, after=lambda: None, scaled=True)
+    for value in (1.0, 2.0):
+        backward(parameters, value, made.scale)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                made.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in waits if "synchroniz" in str(one.message)]) == 1
+    assert made.grad_norm == pytest.approx(2 * (3 * 64 * 64) ** 0.5)
