@@ -1,0 +1,403 @@
+"""The functions of plain.py as Triton kernels: elementwise work and reductions only.
+
+On a T4 (sm_75) `tl.dot` becomes multiplications on CUDA cores, so matrix products are cuBLAS' and no kernel here holds one; each
+stays within 64 KiB of shared memory (tests/trainer/kernels/test_targets.py compiles all of them for sm_75, sm_80 and sm_90 without a card).
+Sums over a column are written as one partial sum a block of rows and added afterwards, in the same order every time: no atomics, so
+that a resumed run repeats itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.nf4 import Nf4
+
+_ROWS = 64
+"""Rows of a partial column sum."""
+
+
+@triton.jit
+def _pow2_floor(x):  # type: ignore[no-untyped-def]
+    """The largest power of two <= x, exactly: the exponent's bits alone. x > 0 and normal."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_scale(squares, bound):  # type: ignore[no-untyped-def]
+    norm = tl.maximum(bound * tl.sqrt(squares), 1e-30)
+    return tl.minimum(_pow2_floor(32768.0 / norm), 1.0)
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def dequantize_kernel(codes, absmax, table, nested_table, nested_scales, offset, gain, out, num_bytes, columns, NESTED: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_bytes
+    pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    block = at // 32  # 64 weights are 32 bytes
+    if NESTED:
+        number = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(nested_table + number) * tl.load(nested_scales + block // 256, mask=inside, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
+    if GAIN:
+        scale = scale * tl.load(gain + at * 2 // columns, mask=inside, other=0.0)
+    high = tl.load(table + (pair >> 4)) * scale
+    low = tl.load(table + (pair & 15)) * scale
+    values = tl.interleave(high, low).to(out.dtype.element_ty)
+    to = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out + to, values, mask=to < 2 * num_bytes)
+
+
+def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
+    assert out_OI.is_contiguous() and out_OI.shape == weight.shape
+    num, nested = weight.codes.numel(), weight.nested
+    table, scales, offset = nested if nested else (weight.table, weight.table, weight.table)
+    gain = weight.table if gain_O is None else gain_O
+    dequantize_kernel[(triton.cdiv(num, 1024),)](
+        weight.codes, weight.absmax, weight.table, table, scales, offset, gain, out_OI, num, weight.shape[1],
+        NESTED=nested is not None, GAIN=gain_O is not None, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def rms_kernel(x, w, y, rstd, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(x + row * columns + at, mask=inside, other=0.0)
+    r = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * columns + at, (value * r * (1.0 + weight)).to(y.dtype.element_ty), mask=inside)
+    tl.store(rstd + row, r)
+
+
+def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tokens, columns = x_TH.shape
+    y, rstd = x_TH.new_empty(x_TH.shape, dtype=dtype), x_TH.new_empty(tokens)
+    rms_kernel[(tokens,)](x_TH, w_H, y, rstd, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return y, rstd
+
+
+@triton.jit
+def rms_backward_kernel(dy, x, w, rstd, dx, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(x + row * columns + at, mask=inside, other=0.0)
+    r = tl.load(rstd + row)
+    gw = tl.load(dy + row * columns + at, mask=inside, other=0.0).to(tl.float32) * (1.0 + tl.load(w + at, mask=inside, other=0.0).to(tl.float32))
+    dot = tl.sum(gw * (value * r)) / columns
+    before = tl.load(dx + row * columns + at, mask=inside, other=0.0)
+    tl.store(dx + row * columns + at, before + r * (gw - value * r * dot), mask=inside)
+
+
+def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, rstd_T: Tensor, dx_TH: Tensor) -> None:
+    tokens, columns = x_TH.shape
+    rms_backward_kernel[(tokens,)](dy_TH, x_TH, w_H, rstd_T, dx_TH, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+
+
+@triton.jit
+def rms_residual_kernel(a, x, w, c, out, rstd, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(a + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(c + row)
+    r = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps * scale * scale)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(x + row * columns + at, mask=inside, other=0.0)
+    tl.store(out + row * columns + at, before + value * r * (1.0 + weight), mask=inside)
+    tl.store(rstd + row, r)
+
+
+def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, columns = x_TH.shape
+    out, rstd = torch.empty_like(x_TH), x_TH.new_empty(tokens)
+    rms_residual_kernel[(tokens,)](a_TH, x_TH, w_H, c_T, out, rstd, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return out, rstd
+
+
+@triton.jit
+def rms_residual_backward_kernel(dx, a, w, rstd, da, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(a + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(rstd + row)
+    gw = tl.load(dx + row * columns + at, mask=inside, other=0.0) * (1.0 + tl.load(w + at, mask=inside, other=0.0).to(tl.float32))
+    dot = tl.sum(gw * (value * r)) / columns
+    tl.store(da + row * columns + at, (r * (gw - value * r * dot)).to(da.dtype.element_ty), mask=inside)
+
+
+def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, rstd_T: Tensor) -> Tensor:
+    tokens, columns = dx_TH.shape
+    da = torch.empty_like(a_TH)
+    rms_residual_backward_kernel[(tokens,)](dx_TH, a_TH, w_H, rstd_T, da, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return da
+
+
+@triton.jit
+def turn_kernel(qkv, q_w, k_w, cos, sin, q, k, tokens, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, HALF)
+    source = qkv + row * (KV * (GROUP + 2) * 2 * HALF) + head * 2 * HALF + at
+    left, right = tl.load(source).to(tl.float32), tl.load(source + HALF).to(tl.float32)
+    r = 1.0 / tl.sqrt((tl.sum(left * left) + tl.sum(right * right)) / (2 * HALF) + eps)
+    is_query = head < KV * GROUP
+    w = q_w if is_query else k_w
+    left = left * r * (1.0 + tl.load(w + at).to(tl.float32))
+    right = right * r * (1.0 + tl.load(w + HALF + at).to(tl.float32))
+    c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
+    kv, group = head // GROUP, head % GROUP
+    to_q = ((kv * tokens + row) * GROUP + group) * 2 * HALF
+    to_k = ((head - KV * GROUP) * tokens + row) * 2 * HALF
+    target = q + to_q if is_query else k + to_k
+    tl.store(target + at, (left * c - right * s).to(q.dtype.element_ty))
+    tl.store(target + HALF + at, (right * c + left * s).to(q.dtype.element_ty))
+
+
+def turn(
+    qkv_TO: Tensor, q_w_D: Tensor, k_w_D: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: tuple[int, int], eps: float
+) -> tuple[Tensor, Tensor]:
+    (kv, group), tokens = heads, len(qkv_TO)
+    half = cos_TD.shape[1]
+    q, k = qkv_TO.new_empty(kv, tokens, group, 2 * half), qkv_TO.new_empty(kv, tokens, 2 * half)
+    turn_kernel[(tokens, kv * (group + 1))](
+        qkv_TO, q_w_D, k_w_D, cos_TD, sin_TD, q, k, tokens, eps, KV=kv, GROUP=group, HALF=half, num_warps=1
+    )
+    return q, k
+
+
+@triton.jit
+def turn_backward_kernel(dq, dk, dv, qkv, q_w, k_w, cos, sin, out, tokens, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, HALF)
+    place = row * (KV * (GROUP + 2) * 2 * HALF) + head * 2 * HALF + at
+    if head >= KV * (GROUP + 1):  # v: nothing but the way back
+        source = dv + ((head - KV * (GROUP + 1)) * tokens + row) * 2 * HALF + at
+        tl.store(out + place, tl.load(source).to(out.dtype.element_ty))
+        tl.store(out + place + HALF, tl.load(source + HALF).to(out.dtype.element_ty))
+    else:
+        if head < KV * GROUP:
+            source = dq + ((head // GROUP * tokens + row) * GROUP + head % GROUP) * 2 * HALF + at
+            d_left, d_right = tl.load(source).to(tl.float32), tl.load(source + HALF).to(tl.float32)
+            w_left, w_right = tl.load(q_w + at).to(tl.float32), tl.load(q_w + HALF + at).to(tl.float32)
+        else:
+            source_k = dk + ((head - KV * GROUP) * tokens + row) * 2 * HALF + at
+            d_left, d_right = tl.load(source_k).to(tl.float32), tl.load(source_k + HALF).to(tl.float32)
+            w_left, w_right = tl.load(k_w + at).to(tl.float32), tl.load(k_w + HALF + at).to(tl.float32)
+        c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
+        gw_left, gw_right = (d_left * c + d_right * s) * (1.0 + w_left), (d_right * c - d_left * s) * (1.0 + w_right)
+        left, right = tl.load(qkv + place).to(tl.float32), tl.load(qkv + place + HALF).to(tl.float32)
+        r = 1.0 / tl.sqrt((tl.sum(left * left) + tl.sum(right * right)) / (2 * HALF) + eps)
+        dot = (tl.sum(gw_left * left) + tl.sum(gw_right * right)) * r / (2 * HALF)
+        tl.store(out + place, (r * (gw_left - left * r * dot)).to(out.dtype.element_ty))
+        tl.store(out + place + HALF, (r * (gw_right - right * r * dot)).to(out.dtype.element_ty))
+
+
+def turn_backward(
+    dq_KTGD: Tensor, dk_KTD: Tensor, dv_KTD: Tensor, qkv_TO: Tensor, q_w_D: Tensor, k_w_D: Tensor,
+    cos_TD: Tensor, sin_TD: Tensor, heads: tuple[int, int], eps: float,
+) -> Tensor:  # fmt: skip
+    (kv, group), tokens = heads, len(qkv_TO)
+    out = torch.empty_like(qkv_TO)
+    turn_backward_kernel[(tokens, kv * (group + 2))](
+        dq_KTGD, dk_KTD, dv_KTD, qkv_TO, q_w_D, k_w_D, cos_TD, sin_TD, out, tokens, eps,
+        KV=kv, GROUP=group, HALF=cos_TD.shape[1], num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def scale_rows_kernel(o, bound, c, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    value = tl.load(o + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+    scale = _row_scale(tl.sum(value * value), tl.load(bound))
+    if scale < 1.0:
+        tl.store(o + row * columns + at, (value * scale).to(o.dtype.element_ty), mask=at < columns)
+    tl.store(c + row, scale)
+
+
+def scale_rows(o_TO: Tensor, bound: Tensor) -> Tensor:
+    tokens, columns = o_TO.shape
+    c = o_TO.new_empty(tokens, dtype=torch.float32)
+    scale_rows_kernel[(tokens,)](o_TO, bound, c, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return c
+
+
+@triton.jit
+def geglu_kernel(gu, bound, p, c, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        gate = tl.load(gu + row * 2 * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        up = tl.load(gu + row * 2 * columns + columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+        squares += value * value
+    scale = _row_scale(tl.sum(squares), tl.load(bound))
+    tl.store(c + row, scale)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        gate = tl.load(gu + row * 2 * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        up = tl.load(gu + row * 2 * columns + columns + at, mask=at < columns, other=0.0).to(tl.float32)
+        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+        tl.store(p + row * columns + at, (value * scale).to(p.dtype.element_ty), mask=at < columns)
+
+
+def geglu(gu_TI: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, columns = len(gu_TI), gu_TI.shape[1] // 2
+    p, c = gu_TI.new_empty(tokens, columns), gu_TI.new_empty(tokens, dtype=torch.float32)
+    geglu_kernel[(tokens,)](gu_TI, bound, p, c, columns, BLOCK=min(2048, triton.next_power_of_2(columns)), num_warps=8)
+    return p, c
+
+
+@triton.jit
+def geglu_backward_kernel(dp, gu, c, sums, tokens, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate_sum, up_sum = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step
+        inside = (at < columns) & (row < tokens)
+        gate_at, up_at = gu + row * 2 * columns + at, gu + row * 2 * columns + columns + at
+        gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dp + row * columns + at, mask=inside, other=0.0).to(tl.float32) * tl.load(c + row, mask=row < tokens, other=0.0)
+        share = _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+        d_gate = grad * up * (share + gate * share * (1.0 - share) * slope)
+        d_up = grad * gate * share
+        gate_sum += d_gate * gate
+        up_sum += d_up * up
+        tl.store(gate_at, d_gate.to(gu.dtype.element_ty), mask=inside)
+        tl.store(up_at, d_up.to(gu.dtype.element_ty), mask=inside)
+    place = sums + tl.program_id(0).to(tl.int64) * 2 * columns + at
+    tl.store(place, gate_sum, mask=at < columns)
+    tl.store(place + columns, up_sum, mask=at < columns)
+
+
+def geglu_backward_(dp_TI: Tensor, gu_TI: Tensor, c_T: Tensor) -> Tensor:
+    tokens, columns = dp_TI.shape
+    blocks = triton.cdiv(tokens, _ROWS)
+    sums = c_T.new_empty(blocks, 2 * columns)
+    geglu_backward_kernel[(blocks, triton.cdiv(columns, 256))](dp_TI, gu_TI, c_T, sums, tokens, columns, ROWS=_ROWS, BLOCK=256, num_warps=4)
+    return sums.sum(0)
+
+
+@triton.jit
+def column_dot_kernel(dy, y, sums, tokens, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + step
+        inside = (at < columns) & (row < tokens)
+        left = tl.load(dy + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+        total += left * tl.load(y + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * columns + at, total, mask=at < columns)
+
+
+def column_dot(dy_TO: Tensor, y_TO: Tensor) -> Tensor:
+    assert dy_TO.is_contiguous() and y_TO.is_contiguous()
+    tokens, columns = dy_TO.shape
+    blocks = triton.cdiv(tokens, _ROWS)
+    sums = dy_TO.new_empty(blocks, columns, dtype=torch.float32)
+    column_dot_kernel[(blocks, triton.cdiv(columns, 256))](dy_TO, y_TO, sums, tokens, columns, ROWS=_ROWS, BLOCK=256, num_warps=4)
+    return sums.sum(0)
+
+
+@triton.jit
+def pack_kernel(x, out, scale, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + row * columns + at, mask=at < columns, other=0.0)
+    largest = _pow2_floor(tl.maximum(tl.max(tl.abs(value)), 1e-30))
+    inverse = (0x7F000000 - largest.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True) * 16384.0  # 1 / a power of two, exactly
+    tl.store(out + row * columns + at, (value * inverse).to(out.dtype.element_ty), mask=at < columns)
+    tl.store(scale + row, largest * 6.103515625e-05)
+
+
+def pack(x_TH: Tensor, out_TH: Tensor) -> Tensor:
+    tokens, columns = x_TH.shape
+    scale = x_TH.new_empty(tokens)
+    pack_kernel[(tokens,)](x_TH, out_TH, scale, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return scale
+
+
+@triton.jit
+def unpack_kernel(packed, scale, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    value = tl.load(packed + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + at, value * tl.load(scale + row), mask=at < columns)
+
+
+def unpack(packed_TH: Tensor, scale_T: Tensor) -> Tensor:
+    tokens, columns = packed_TH.shape
+    out = packed_TH.new_empty(packed_TH.shape, dtype=torch.float32)
+    unpack_kernel[(tokens,)](packed_TH, scale_T, out, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return out
+
+
+@triton.jit
+def regroup_kernel(grad, o, c, out, delta, tokens, KV: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, WIDE)
+    place = row * (KV * GROUP * WIDE) + head * WIDE + at
+    value = tl.load(grad + place).to(tl.float32)
+    to = (head // GROUP * tokens + row) * GROUP + head % GROUP
+    tl.store(delta + to, tl.sum(value * tl.load(o + place).to(tl.float32)))
+    tl.store(out + to * WIDE + at, (value * tl.load(c + row)).to(out.dtype.element_ty))
+
+
+def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    (kv, group), tokens = heads, len(do_TO)
+    wide = do_TO.shape[1] // (kv * group)
+    out, delta = do_TO.new_empty(kv, tokens, group, wide), c_T.new_empty(kv, tokens, group)
+    regroup_kernel[(tokens, kv * group)](do_TO, o_TO, c_T, out, delta, tokens, KV=kv, GROUP=group, WIDE=wide, num_warps=1)
+    return out, delta
+
+
+@triton.jit
+def softmax_backward_kernel(s, dp, lse, delta, first, p, ds, scale, t0, lo, num_rows, num_keys, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = t0 + row // GROUP
+    key = lo + at
+    place = (head * num_rows + row) * num_keys + at
+    inside = at < num_keys
+    seen = inside & (key <= token) & (key >= tl.load(first + token))
+    number = tl.load(s + place, mask=seen, other=0.0) * scale - tl.load(lse + head * stride + row)
+    prob = tl.where(seen, tl.exp(number), 0.0)
+    grad = prob * (tl.load(dp + place, mask=seen, other=0.0) - tl.load(delta + head * stride + row)) * scale
+    tl.store(p + place, prob.to(p.dtype.element_ty), mask=inside)
+    tl.store(ds + place, grad.to(ds.dtype.element_ty), mask=inside)
+
+
+def softmax_backward(
+    s_BRN: Tensor, dp_BRN: Tensor, lse_BR: Tensor, delta_BR: Tensor, first_T: Tensor, scale: float, rows: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """lse and delta may be slices of longer rows, with equal strides."""
+    heads, num_rows, num_keys = s_BRN.shape
+    assert lse_BR.stride() == delta_BR.stride() and lse_BR.stride(1) == 1
+    p, ds = torch.empty_like(s_BRN, dtype=dtype), torch.empty_like(s_BRN, dtype=dtype)
+    t0, lo, group = rows
+    softmax_backward_kernel[(num_rows, triton.cdiv(num_keys, 1024), heads)](
+        s_BRN, dp_BRN, lse_BR, delta_BR, first_T, p, ds, scale, t0, lo, num_rows, num_keys, lse_BR.stride(0), GROUP=group, BLOCK=1024, num_warps=4
+    )
+    return p, ds
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of this module by its name, for the tests that compile them without a card."""
+    return {name: value for name, value in globals().items() if name.endswith("_kernel")}
