@@ -70,7 +70,7 @@ def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
 
 
 @triton.jit
-def rms_kernel(x, w, y, rstd, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_kernel(x, w, y, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -78,36 +78,35 @@ def rms_kernel(x, w, y, rstd, columns, eps, BLOCK: tl.constexpr):  # type: ignor
     r = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps)
     weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * columns + at, (value * r * (1.0 + weight)).to(y.dtype.element_ty), mask=inside)
-    tl.store(rstd + row, r)
 
 
-def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    tokens, columns = x_TH.shape
-    y, rstd = x_TH.new_empty(x_TH.shape, dtype=dtype), x_TH.new_empty(tokens)
-    rms_kernel[(tokens,)](x_TH, w_H, y, rstd, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
-    return y, rstd
+def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    y = torch.empty_like(x_TH, dtype=dtype)
+    rms_kernel[(len(x_TH),)](x_TH, w_H, y, x_TH.shape[1], eps, BLOCK=triton.next_power_of_2(x_TH.shape[1]), num_warps=8)
+    return y
 
 
 @triton.jit
-def rms_backward_kernel(dy, x, w, rstd, dx, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_backward_kernel(dy, x, w, dx, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     value = tl.load(x + row * columns + at, mask=inside, other=0.0)
-    r = tl.load(rstd + row)
-    gw = tl.load(dy + row * columns + at, mask=inside, other=0.0).to(tl.float32) * (1.0 + tl.load(w + at, mask=inside, other=0.0).to(tl.float32))
+    r = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    gw = tl.load(dy + row * columns + at, mask=inside, other=0.0).to(tl.float32) * (1.0 + weight)
     dot = tl.sum(gw * (value * r)) / columns
     before = tl.load(dx + row * columns + at, mask=inside, other=0.0)
     tl.store(dx + row * columns + at, before + r * (gw - value * r * dot), mask=inside)
 
 
-def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, rstd_T: Tensor, dx_TH: Tensor) -> None:
-    tokens, columns = x_TH.shape
-    rms_backward_kernel[(tokens,)](dy_TH, x_TH, w_H, rstd_T, dx_TH, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, dx_TH: Tensor) -> None:
+    columns = x_TH.shape[1]
+    rms_backward_kernel[(len(x_TH),)](dy_TH, x_TH, w_H, dx_TH, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
 
 
 @triton.jit
-def rms_residual_kernel(a, x, w, c, out, rstd, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_residual_kernel(a, x, w, c, out, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -117,32 +116,31 @@ def rms_residual_kernel(a, x, w, c, out, rstd, columns, eps, BLOCK: tl.constexpr
     weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(x + row * columns + at, mask=inside, other=0.0)
     tl.store(out + row * columns + at, before + value * r * (1.0 + weight), mask=inside)
-    tl.store(rstd + row, r)
 
 
-def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, columns = x_TH.shape
-    out, rstd = torch.empty_like(x_TH), x_TH.new_empty(tokens)
-    rms_residual_kernel[(tokens,)](a_TH, x_TH, w_H, c_T, out, rstd, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
-    return out, rstd
+def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> Tensor:
+    out, columns = torch.empty_like(x_TH), x_TH.shape[1]
+    rms_residual_kernel[(len(x_TH),)](a_TH, x_TH, w_H, c_T, out, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+    return out
 
 
 @triton.jit
-def rms_residual_backward_kernel(dx, a, w, rstd, da, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_residual_backward_kernel(dx, a, w, c, da, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     value = tl.load(a + row * columns + at, mask=inside, other=0.0).to(tl.float32)
-    r = tl.load(rstd + row)
-    gw = tl.load(dx + row * columns + at, mask=inside, other=0.0) * (1.0 + tl.load(w + at, mask=inside, other=0.0).to(tl.float32))
+    scale = tl.load(c + row)
+    r = 1.0 / tl.sqrt(tl.sum(value * value) / columns + eps * scale * scale)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    gw = tl.load(dx + row * columns + at, mask=inside, other=0.0) * (1.0 + weight)
     dot = tl.sum(gw * (value * r)) / columns
     tl.store(da + row * columns + at, (r * (gw - value * r * dot)).to(da.dtype.element_ty), mask=inside)
 
 
-def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, rstd_T: Tensor) -> Tensor:
-    tokens, columns = dx_TH.shape
-    da = torch.empty_like(a_TH)
-    rms_residual_backward_kernel[(tokens,)](dx_TH, a_TH, w_H, rstd_T, da, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
+def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> Tensor:
+    da, columns = torch.empty_like(a_TH), a_TH.shape[1]
+    rms_residual_backward_kernel[(len(a_TH),)](dx_TH, a_TH, w_H, c_T, da, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=8)
     return da
 
 

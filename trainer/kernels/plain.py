@@ -30,27 +30,26 @@ def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
     out_OI.copy_((weight.table[pairs] * scale.view(-1, 1)).view(out_OI.shape))
 
 
-def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Norm of the residual: y [T, H] in dtype, and rstd [T]."""
-    rstd = torch.rsqrt(x_TH.square().mean(1) + eps)
-    return (x_TH * rstd[:, None] * (1 + _wide(w_H))).to(dtype), rstd
+def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Norm of the residual [T, H], in dtype."""
+    return (x_TH * _rstd(x_TH, eps)[:, None] * (1 + w_H.to(x_TH.dtype))).to(dtype)
 
 
-def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, rstd_T: Tensor, dx_TH: Tensor) -> None:
-    """dx += gradient of the norm's input; dx is the residual's own gradient."""
-    dx_TH += _norm_backward(_wide(dy_TH), x_TH, w_H, rstd_T)
+def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, dx_TH: Tensor) -> None:
+    """dx += gradient of the norm's input; dx is the residual's own gradient. rstd costs nothing beside the row, so it is made again."""
+    dx_TH += _norm_backward(dy_TH.to(x_TH.dtype), x_TH, w_H, _rstd(x_TH, eps))
 
 
-def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> tuple[Tensor, Tensor]:
-    """x + norm(a): the residual after a branch whose output a was scaled by c; and rstd [T]."""
+def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> Tensor:
+    """x + norm(a): the residual after a branch whose output a was scaled by c."""
     wide = a_TH.to(x_TH.dtype)
-    rstd = torch.rsqrt(wide.square().mean(1) + eps * c_T.square())
-    return x_TH + wide * rstd[:, None] * (1 + w_H.to(x_TH.dtype)), rstd
+    return x_TH + wide * _rstd(wide, eps * c_T.square())[:, None] * (1 + w_H.to(x_TH.dtype))
 
 
-def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, rstd_T: Tensor) -> Tensor:
+def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> Tensor:
     """Gradient of the scaled branch's output a, in a's dtype."""
-    return _norm_backward(dx_TH, a_TH.to(dx_TH.dtype), w_H, rstd_T).to(a_TH.dtype)
+    wide = a_TH.to(dx_TH.dtype)
+    return _norm_backward(dx_TH, wide, w_H, _rstd(wide, eps * c_T.square())).to(a_TH.dtype)
 
 
 def turn(
@@ -169,6 +168,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _rstd(x: Tensor, eps: float | Tensor) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1) + eps)
+
+
 def _norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """Over the last axis: rstd (gw - x rstd^2 mean(gw x)), gw = dy (1 + w)."""
     gw, rstd = dy * (1 + w.to(x.dtype)), rstd[..., None]
@@ -185,7 +188,7 @@ def _heads(qkv_TO: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tens
 
 
 def _turned(x_KTGD: Tensor, w_D: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float) -> Tensor:
-    normed = x_KTGD * torch.rsqrt(x_KTGD.square().mean(-1, keepdim=True) + eps) * (1 + w_D.to(x_KTGD.dtype))
+    normed = x_KTGD * _rstd(x_KTGD, eps)[..., None] * (1 + w_D.to(x_KTGD.dtype))
     return _rotate(normed, cos_TD, sin_TD)
 
 
@@ -196,8 +199,7 @@ def _rotate(x_KTGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 def _turned_backward(dy: Tensor, x: Tensor, w_D: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float) -> Tensor:
-    rstd = torch.rsqrt(x.square().mean(-1) + eps)
-    return _norm_backward(_rotate(dy.to(x.dtype), cos_TD, -sin_TD), x, w_D, rstd)
+    return _norm_backward(_rotate(dy.to(x.dtype), cos_TD, -sin_TD), x, w_D, _rstd(x, eps))
 
 
 def _inner(gate: Tensor) -> Tensor:
