@@ -108,6 +108,32 @@ class Plain:
         return x.flatten(1, 2)
 
 
+class Sdpa:
+    """torch's own scaled_dot_product_attention with a dense mask, for a comparison: kernels.attention = "stock"."""
+
+    def __init__(self, where: Documents, window: int | None, scale: float, ops: ModuleType) -> None:
+        token = torch.arange(where.tokens, device=where.cu_seqlens.device)
+        first = first_keys(where, window)
+        self._mask, self._scale = (token[None] <= token[:, None]) & (token[None] >= first[:, None]), scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
+        return Saved(self._output(q, k, v), q.new_zeros(q.shape[:3], dtype=torch.float32))
+
+    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        leaves = [value.detach().requires_grad_() for value in (q, k, v)]
+        with torch.enable_grad():
+            out = self._output(*leaves)
+        dq, dk, dv = torch.autograd.grad(out, leaves, do * c_T[:, None].to(do.dtype))
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+    def _output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = q.permute(0, 2, 1, 3).flatten(0, 1)[None]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            heads, k[None], v[None], attn_mask=self._mask, scale=self._scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+
 class Turing:
     def __init__(self, where: Documents, window: int | None, scale: float, ops: ModuleType) -> None:
         self._where, self._window, self._scale, self._ops = where, window, scale, ops

@@ -63,6 +63,7 @@ class Waiting:
         self._arena, self._ops, self._dtype = arena, ops, dtype
         self._stream = torch.cuda.Stream() if arena else None
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._residuals: list[Ticket] = []
 
     @property
     def pinned_bytes(self) -> int:
@@ -71,6 +72,7 @@ class Waiting:
     def begin(self) -> None:
         """Before a forward pass: what waited is gone."""
         self._coming.clear()
+        self._residuals.clear()
         if self._arena:
             self._arena.reset()
 
@@ -84,7 +86,8 @@ class Waiting:
         packed = torch.empty_like(x_TH, dtype=self._dtype)
         scale = self._ops.pack(x_TH, packed)
         self._copy(host, packed)
-        return Ticket(None, host, scale)
+        self._residuals.append(Ticket(None, host, scale))
+        return self._residuals[-1]
 
     def put(self, x: Tensor, where: str) -> Ticket | None:
         """An output that is kept, on the `card` or `pinned`; None where the arena has no room left."""
@@ -110,13 +113,16 @@ class Waiting:
         self._coming[ticket.host.data_ptr()] = (target, arrived)
 
     def get(self, ticket: Ticket) -> Tensor:
-        """The tensor; a residual as float32."""
+        """The tensor; a residual as float32, and the one before it is sent for."""
         if ticket.host is None:
             assert ticket.there is not None
             return ticket.there
         self.fetch(ticket)
         target, arrived = self._coming.pop(ticket.host.data_ptr())
         torch.cuda.current_stream().wait_event(arrived)
+        if ticket.scale_T is not None:
+            self._residuals.pop()
+            self.fetch(self._residuals[-1] if self._residuals else None)
         return target if ticket.scale_T is None else self._ops.unpack(target, ticket.scale_T)
 
     def _copy(self, host: Tensor, there: Tensor) -> None:
