@@ -77,6 +77,8 @@ class TrainFacts(Facts):
     best_step: int
     kernels: tuple[str, ...] = ()
     """Kernels of ours that were active."""
+    pinned_bytes: int = 0
+    """Host memory that was pinned for layer inputs, kept outputs and gradients."""
     base_sha256: str = ""
     """Hash of the NF4 state that was trained on: evaluate and export refuse another one under the same name."""
 

@@ -58,7 +58,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 class Group:
     """Matrices that read one input. `ops` is plain.py or fused.py."""
 
-    def __init__(self, weights: Sequence[Nf4], adapters: Sequence[Adapter | None], scale: float, dtype: torch.dtype, ops: ModuleType) -> None:
+    def __init__(
+        self, weights: Sequence[Nf4], adapters: Sequence[Adapter | None], scale: float, dtype: torch.dtype, ops: ModuleType
+    ) -> None:
         self.weights, self.adapters, self.scale, self.dtype, self._ops = tuple(weights), tuple(adapters), scale, dtype, ops
         ends = [0]
         for weight in weights:

@@ -39,7 +39,21 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dequantize_kernel(codes, absmax, table, nested_table, nested_scales, offset, gain, out, num_bytes, columns, NESTED: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def dequantize_kernel(
+    codes,
+    absmax,
+    table,
+    nested_table,
+    nested_scales,
+    offset,
+    gain,
+    out,
+    num_bytes,
+    columns,
+    NESTED: tl.constexpr,
+    GAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_bytes
     pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
@@ -367,7 +381,9 @@ def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) ->
 
 
 @triton.jit
-def softmax_backward_kernel(s, dp, lse, delta, first, p, ds, scale, t0, lo, num_rows, num_keys, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def softmax_backward_kernel(
+    s, dp, lse, delta, first, p, ds, scale, t0, lo, num_rows, num_keys, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
     row, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = t0 + row // GROUP
@@ -383,7 +399,14 @@ def softmax_backward_kernel(s, dp, lse, delta, first, p, ds, scale, t0, lo, num_
 
 
 def softmax_backward(
-    s_BRN: Tensor, dp_BRN: Tensor, lse_BR: Tensor, delta_BR: Tensor, first_T: Tensor, scale: float, rows: tuple[int, int, int], dtype: torch.dtype
+    s_BRN: Tensor,
+    dp_BRN: Tensor,
+    lse_BR: Tensor,
+    delta_BR: Tensor,
+    first_T: Tensor,
+    scale: float,
+    rows: tuple[int, int, int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """lse and delta may be slices of longer rows, with equal strides."""
     heads, num_rows, num_keys = s_BRN.shape
@@ -391,7 +414,22 @@ def softmax_backward(
     p, ds = torch.empty_like(s_BRN, dtype=dtype), torch.empty_like(s_BRN, dtype=dtype)
     t0, lo, group = rows
     softmax_backward_kernel[(num_rows, triton.cdiv(num_keys, 1024), heads)](
-        s_BRN, dp_BRN, lse_BR, delta_BR, first_T, p, ds, scale, t0, lo, num_rows, num_keys, lse_BR.stride(0), GROUP=group, BLOCK=1024, num_warps=4
+        s_BRN,
+        dp_BRN,
+        lse_BR,
+        delta_BR,
+        first_T,
+        p,
+        ds,
+        scale,
+        t0,
+        lo,
+        num_rows,
+        num_keys,
+        lse_BR.stride(0),
+        GROUP=group,
+        BLOCK=1024,
+        num_warps=4,
     )
     return p, ds
 

@@ -93,7 +93,9 @@ class _Half(NamedTuple):
 class Layer(nn.Module):
     """Stands where a decoder layer stood and keeps its sub-modules under their names, so that parameters keep theirs."""
 
-    def __init__(self, number: int, stock: nn.Module, groups: Mapping[str, Group], norms: Norms, shape: Shape, far: bool, pieces: Pieces) -> None:
+    def __init__(
+        self, number: int, stock: nn.Module, groups: Mapping[str, Group], norms: Norms, shape: Shape, far: bool, pieces: Pieces
+    ) -> None:
         super().__init__()
         for name, child in stock.named_children():
             self.add_module(name, child)
@@ -143,9 +145,7 @@ class Layer(nn.Module):
             self._keep(tickets, batch, {"down": d, **({"gate_up": torch.cat(gates) if len(gates) > 1 else gates[0]} if gates else {})})
         return d, c_d
 
-    def backward(
-        self, x: Tensor, dx: Tensor, batch: Batch, tickets: dict[str, Ticket | None], needs_dx: bool
-    ) -> list[Tensor]:
+    def backward(self, x: Tensor, dx: Tensor, batch: Batch, tickets: dict[str, Ticket | None], needs_dx: bool) -> list[Tensor]:
         """dx [T, H] float32 becomes the gradient of x, in place; returns the gradients of parameters_in_order()."""
         half = self._attend(x, batch, tickets)
         found: dict[str, list[Gradients | None]] = {}
@@ -271,7 +271,12 @@ class Span(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[Layer], batch: Batch, take: Callable[[list[Tensor], list[Tensor]], list[Tensor | None]], *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        layers: Sequence[Layer],
+        batch: Batch,
+        take: Callable[[list[Tensor], list[Tensor]], list[Tensor | None]],
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         tickets: list[dict[str, Ticket | None]] = [{} for _ in layers]

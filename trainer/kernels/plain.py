@@ -148,7 +148,14 @@ def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) ->
 
 
 def softmax_backward(
-    s_BRN: Tensor, dp_BRN: Tensor, lse_BR: Tensor, delta_BR: Tensor, first_T: Tensor, scale: float, rows: tuple[int, int, int], dtype: torch.dtype
+    s_BRN: Tensor,
+    dp_BRN: Tensor,
+    lse_BR: Tensor,
+    delta_BR: Tensor,
+    first_T: Tensor,
+    scale: float,
+    rows: tuple[int, int, int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """P = exp(S scale - lse) under the mask, and dS = P (dP - delta) scale, both in dtype.
 

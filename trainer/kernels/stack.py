@@ -212,7 +212,9 @@ def _fused() -> ModuleType:
     try:
         from trainer.kernels import fused
     except ImportError as error:
-        raise MachineError(f"our kernels need triton, which this torch has not brought ({error}); run `make setup` on the GPU host") from error
+        raise MachineError(
+            f"our kernels need triton, which this torch has not brought ({error}); run `make setup` on the GPU host"
+        ) from error
     return fused
 
 
@@ -221,7 +223,9 @@ def _layer(number: int, stock: nn.Module, size: gemma3.Size, settings: Settings,
     for name, (part, linears) in GROUPS.items():
         modules = [getattr(getattr(stock, part), linear) for linear in linears]
         weights = [nf4.of(getattr(module, "base_layer", module).weight) for module in modules]
-        groups[name] = Group(weights, [_adapter(module, f"{number}.{name}") for module in modules], settings.scale, settings.dtype, pieces.rest)
+        groups[name] = Group(
+            weights, [_adapter(module, f"{number}.{name}") for module in modules], settings.scale, settings.dtype, pieces.rest
+        )
     near: Any = stock
     norms = Norms(
         near.input_layernorm.weight,
@@ -231,7 +235,9 @@ def _layer(number: int, stock: nn.Module, size: gemma3.Size, settings: Settings,
         near.pre_feedforward_layernorm.weight,
         near.post_feedforward_layernorm.weight,
     )
-    shape = Shape((size.num_kv_heads, size.num_heads // size.num_kv_heads), size.head_dim, size.rms_norm_eps, settings.kernels.mlp_tile_tokens)
+    shape = Shape(
+        (size.num_kv_heads, size.num_heads // size.num_kv_heads), size.head_dim, size.rms_norm_eps, settings.kernels.mlp_tile_tokens
+    )
     return Layer(number, stock, groups, norms, shape, size.is_global(number), pieces)
 
 
@@ -240,7 +246,9 @@ def _adapter(module: Any, name: str) -> Adapter | None:
     if not hasattr(module, "lora_A"):
         return None
     if not isinstance(module.lora_dropout[ADAPTER], nn.Identity):
-        raise ConfigError("adapter.dropout must be 0 with our kernels; set adapter.dropout=0, or kernels.layer=stock and kernels.dora=stock")
+        raise ConfigError(
+            "adapter.dropout must be 0 with our kernels; set adapter.dropout=0, or kernels.layer=stock and kernels.dora=stock"
+        )
     magnitude = module.lora_magnitude_vector
     found = Adapter(
         module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, magnitude[ADAPTER].weight if ADAPTER in magnitude else None

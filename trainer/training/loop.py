@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +38,17 @@ class Work(NamedTuple):
 
 def work(cfg: Config, train: Sequence[Example], valid: Sequence[Example]) -> Work:
     """Rows from examples: one each, or packed; and how many forward passes make an optimizer step."""
-    if cfg.pack.enabled:
-        rows = [row(*(train[number] for number in members)) for members in pack([len(one.ids) for one in train], cfg.data.max_tokens)]
-    else:
-        rows = [row(one) for one in train]
+    rows, held_out = _rows(cfg, train), _rows(cfg, sample(valid, cfg.train.valid_records))
     mean = sum(len(one.ids) for one in rows) / len(rows)
-    held_out = [row(one) for one in sample(valid, cfg.train.valid_records)]
     passes = accumulation(cfg.train.tokens_per_step, cfg.train.batch_records, mean)
     each_epoch = math.ceil(math.ceil(len(rows) / cfg.train.batch_records) / passes)
     return Work(rows, held_out, passes, cfg.train.max_steps or math.ceil(cfg.train.epochs * each_epoch))
+
+
+def _rows(cfg: Config, found: Sequence[Example]) -> list[Row]:
+    if not cfg.pack.enabled:
+        return [row(one) for one in found]
+    return [row(*(found[number] for number in members)) for members in pack([len(one.ids) for one in found], cfg.data.max_tokens)]
 
 
 class Computing(NamedTuple):
@@ -57,11 +60,16 @@ class Computing(NamedTuple):
     """Renews what follows from the adapter's weights: DoRA's norms."""
     active: tuple[str, ...]
     """Names of our own pieces, for the facts."""
+    gather: Callable[[], None] = lambda: None
+    """Brings gradients that wait elsewhere back before a step."""
+    pinned_bytes: int = 0
 
 
 def computing(cfg: Config, model: Any) -> Computing:
     """Put the pieces that cfg.kernels names into a model with a new adapter."""
-    # kernels.layer = "ours" goes here, on a card: stack = install(model, cfg); Computing(stack.hidden, stack.refresh, stack.active)
+    if cfg.kernels.layer == "ours":
+        stack = models.installed(cfg, model)
+        return Computing(stack.hidden, stack.refresh, stack.active, stack.gather, stack.pinned_bytes)
     kept = cfg.model.backend == "transformers" and peft.keep_norms(model)
     return Computing(models.hidden_states(model), lambda: peft.refresh_norms(model), ("kept norms",) if kept else ())
 
@@ -81,6 +89,7 @@ def run(
     state_dir = models.nf4(cfg)
     model = models.with_new_adapter(cfg, models.base(cfg, state_dir))
     how = computing(cfg, model)
+    progress.say("train: kernels: " + (", ".join(how.active) or "none of ours"))
     if cfg.pack.enabled:
         models.require_boundaries(model, _probe(train), how.hidden)
     stepper = Stepper(
@@ -88,6 +97,7 @@ def run(
         max_norm=cfg.train.max_grad_norm,
         after=how.refresh,
         scaled=cfg.model.dtype == "float16",
+        gather=how.gather,
     )
     todo = work(cfg, train, valid)
     resume = checkpoints.newest(out / "checkpoints")
@@ -102,7 +112,7 @@ def run(
         )
     peft.save(model, out / "adapter.new")
     checkpoints.replace(out / "adapter.new", out / "adapter")
-    return _facts(cfg, todo, journal, state, how.active).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
+    return _facts(cfg, todo, journal, state, how).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
 
 
 def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
@@ -114,7 +124,7 @@ def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work
     made = trl.trainer(
         model,
         todo.rows,
-        models.packed_tensors if cfg.pack.enabled else models.tensors,
+        models.collator(cfg),
         train=cfg.train,
         accumulation=todo.accumulation,
         every_steps=cfg.checkpoint.every_steps,
@@ -197,8 +207,10 @@ class Watch:
 
     def _validate(self, state: Any) -> None:
         """state carries the best loss so far through a checkpoint, in HF's own fields."""
-        with measure.evaluating(self._model), peft.frozen_norms(self._model):
-            found = measure.loss(self._model, self._todo.valid, max(4, self._cfg.train.batch_records), hidden=self._how.hidden)
+        ours = self._cfg.kernels.layer == "ours"  # its norms are kept anyhow, and a packed row fills the card
+        batch_rows = 1 if ours or self._cfg.pack.enabled else max(4, self._cfg.train.batch_records)
+        with measure.evaluating(self._model), nullcontext() if ours else peft.frozen_norms(self._model):
+            found = measure.loss(self._model, self._todo.valid, batch_rows, hidden=self._how.hidden, batch=models.collator(self._cfg))
         self._journal.write(state.global_step, valid_loss=found)
         self._task.advance(0, valid_loss=found)
         if state.best_metric is None or found < state.best_metric:
@@ -213,7 +225,7 @@ def _probe(train: Sequence[Example]) -> tuple[Example, Example]:
     return shortest[0], shortest[min(1, len(shortest) - 1)]
 
 
-def _facts(cfg: Config, todo: Work, journal: Journal, state: Any, kernels: tuple[str, ...]) -> TrainFacts:
+def _facts(cfg: Config, todo: Work, journal: Journal, state: Any, how: Computing) -> TrainFacts:
     tokens = int(state.num_input_tokens_seen)
     return TrainFacts(
         backend=cfg.model.backend,
@@ -233,5 +245,6 @@ def _facts(cfg: Config, todo: Work, journal: Journal, state: Any, kernels: tuple
         train_loss=journal.points("loss"),
         valid_loss=journal.points("valid_loss"),
         best_step=state.best_global_step,
-        kernels=kernels,
+        kernels=how.active,
+        pinned_bytes=how.pinned_bytes,
     )

@@ -34,18 +34,26 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(before)
 
 
-def loss(model: Any, rows: Sequence[Row], batch_rows: int, advance: Advance = lambda n: None, *, hidden: Hidden | None = None) -> float:
+def loss(
+    model: Any,
+    rows: Sequence[Row],
+    batch_rows: int,
+    advance: Advance = lambda n: None,
+    *,
+    hidden: Hidden | None = None,
+    batch: Callable[[list[Row]], dict[str, Any]] = tensors,
+) -> float:
     """Mean of -log p over all supervised tokens of the rows, nats. Rows of like length share a batch.
 
-    hidden: what training computes its hidden states with; without it the model's own forward pass.
+    hidden: what training computes its hidden states with, and batch: what it makes of rows; without them the model's own forward pass.
     """
     compute, head = hidden or hidden_states(model), _head(model)
     total, count = 0.0, 0
-    for batch in _batches(sorted(rows, key=lambda row: len(row.ids)), batch_rows):
-        made = tensors(list(batch))
+    for some in _batches(sorted(rows, key=lambda row: len(row.ids)), batch_rows):
+        made = batch(list(some))
         total += float(of_batch(moved(made, head.device), compute, head))
         count += len(made["supervised"])
-        advance(len(batch))
+        advance(len(some))
     return total / count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from trainer.backends import bitsandbytes, hub, peft, transformers
 from trainer.backends import unsloth as unsloth_wall
 from trainer.config import Config
 from trainer.errors import ConfigError, MachineError
-from trainer.kernels import loss
+from trainer.kernels import loss, stack
+from trainer.planner import ours
 from trainer.training.batches import Example, Packed, Row, packed, padded, row
 
 
@@ -44,6 +45,24 @@ def with_new_adapter(cfg: Config, model: Any) -> Any:
         made = unsloth_wall.attach(model, cfg.adapter, checkpointing=cfg.train.gradient_checkpointing, seed=cfg.train.seed)
         return peft.name_base(made, cfg.model.name, cfg.model.revision)
     return peft.attach(model, cfg.adapter, base_name=cfg.model.name, revision=cfg.model.revision, seed=cfg.train.seed)
+
+
+def installed(cfg: Config, model: Any) -> stack.Stack:
+    """Our decoder layers in a model with a new adapter."""
+    size = hub.size(cfg.model, cfg.paths.cache)
+    settings = stack.Settings(
+        kernels=cfg.kernels,
+        dtype=getattr(torch, cfg.model.dtype),
+        scale=cfg.adapter.scale,
+        max_tokens=ours.tokens(cfg),
+        kept=ours.kept(cfg, size),
+    )
+    return stack.install(model, size, settings)
+
+
+def collator(cfg: Config) -> Callable[[list[Row]], dict[str, Any]]:
+    """How rows become a batch: our decoder layer reads packed lines only, one record a row or several."""
+    return packed_tensors if cfg.pack.enabled or cfg.kernels.layer == "ours" else tensors
 
 
 def hidden_states(model: Any) -> loss.Hidden:
