@@ -1,7 +1,7 @@
 """Where tensors wait between the forward and the backward pass: pinned host memory, or the card.
 
 A layer's input is float32 and reaches 8e5. It waits in 16 bits with one power of two a row (plain.pack): 11 digits in float16 for
-everything within 2^-30 of a row's largest value, half the bytes of float32, and no bfloat16 arithmetic. Copies run on a stream of their
+everything within 2^-28 of a row's largest value, half the bytes of float32, and no bfloat16 arithmetic. Copies run on a stream of their
 own; the one that backward needs next is on its way while the present layer computes.
 
 Pinned memory is one arena that is registered with CUDA as it is: torch's own allocator rounds each block up to a power of two, which
