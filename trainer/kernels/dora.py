@@ -154,8 +154,7 @@ class Group:
         a_RI = adapter.a_RI
         wa_OR = product(w_OI, a_RI.to(self.dtype).t())
         ba_OR = adapter.b_OR @ (a_RI @ a_RI.t())
-        more = (adapter.b_OR * (2 * self.scale * wa_OR + self.scale**2 * ba_OR)).sum(1)
-        return (squares_O + more).clamp_min(0).sqrt()
+        return self._ops.row_norms(squares_O, wa_OR, ba_OR, adapter.b_OR, self.scale)  # type: ignore[no-any-return]
 
     def _squared_norms(self, device: torch.device) -> Tensor:
         """|W|^2 [O], 1024 rows in float32 at a time."""
@@ -203,8 +202,9 @@ def dora(base_TO: Tensor, x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor,
 
     Adapter in float32, base and x in the model's dtype, which is y's. A leading batch axis is allowed.
     """
-    update = (x_TI.to(a_RI.dtype) @ a_RI.t()) @ b_OR.t()
-    return ((m_O / n_O) * (base_TO.to(m_O.dtype) + scale * update)).to(base_TO.dtype)
+    flat, base = (some.reshape(-1, some.shape[-1]).to(a_RI.dtype) for some in (x_TI, base_TO))
+    y = torch.addmm(base, flat @ a_RI.t(), b_OR.t(), alpha=scale).mul_(m_O / n_O)
+    return y.to(base_TO.dtype).view(base_TO.shape)
 
 
 @dora.register_fake

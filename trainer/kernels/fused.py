@@ -251,27 +251,21 @@ def scale_rows(o_TO: Tensor, bound: Tensor) -> Tensor:
 @triton.jit
 def geglu_kernel(gu, bound, p, c, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        gate = tl.load(gu + row * 2 * columns + at, mask=at < columns, other=0.0).to(tl.float32)
-        up = tl.load(gu + row * 2 * columns + columns + at, mask=at < columns, other=0.0).to(tl.float32)
-        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-        squares += value * value
-    scale = _row_scale(tl.sum(squares), tl.load(bound))
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    gate = tl.load(gu + row * 2 * columns + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gu + row * 2 * columns + columns + at, mask=inside, other=0.0).to(tl.float32)
+    value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    scale = _row_scale(tl.sum(value * value), tl.load(bound))
     tl.store(c + row, scale)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        gate = tl.load(gu + row * 2 * columns + at, mask=at < columns, other=0.0).to(tl.float32)
-        up = tl.load(gu + row * 2 * columns + columns + at, mask=at < columns, other=0.0).to(tl.float32)
-        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-        tl.store(p + row * columns + at, (value * scale).to(p.dtype.element_ty), mask=at < columns)
+    tl.store(p + row * columns + at, (value * scale).to(p.dtype.element_ty), mask=inside)
 
 
 def geglu(gu_TI: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """A row stays in registers between its norm and its scaling: 32 values a thread at 12B's 15,360 columns."""
     tokens, columns = len(gu_TI), gu_TI.shape[1] // 2
     p, c = gu_TI.new_empty(tokens, columns), gu_TI.new_empty(tokens, dtype=torch.float32)
-    geglu_kernel[(tokens,)](gu_TI, bound, p, c, columns, BLOCK=min(2048, triton.next_power_of_2(columns)), num_warps=8)
+    geglu_kernel[(tokens,)](gu_TI, bound, p, c, columns, BLOCK=triton.next_power_of_2(columns), num_warps=16)
     return p, c
 
 
@@ -432,6 +426,63 @@ def softmax_backward(
         num_warps=4,
     )
     return p, ds
+
+
+@triton.jit
+def row_norms_kernel(squares, wa, ba, b, n, scale, num_rows, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDE)
+    at = row[:, None] * RANK + column[None, :]
+    inside = (row < num_rows)[:, None] & (column < RANK)[None, :]
+    mixed = 2.0 * scale * tl.load(wa + at, mask=inside, other=0.0) + scale * scale * tl.load(ba + at, mask=inside, other=0.0)
+    more = tl.sum(tl.load(b + at, mask=inside, other=0.0) * mixed, axis=1)
+    total = tl.load(squares + row, mask=row < num_rows, other=0.0) + more
+    tl.store(n + row, tl.sqrt(tl.maximum(total, 0.0)), mask=row < num_rows)
+
+
+def row_norms(squares_O: Tensor, wa_OR: Tensor, ba_OR: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    n_O, (num_rows, rank) = torch.empty_like(squares_O), b_OR.shape
+    row_norms_kernel[(triton.cdiv(num_rows, 16),)](
+        squares_O, wa_OR, ba_OR, b_OR, n_O, scale, num_rows, RANK=rank, WIDE=triton.next_power_of_2(rank), ROWS=16, num_warps=4
+    )
+    return n_O
+
+
+@triton.jit
+def softmax_share_kernel(logits, targets, losses, share, lift, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, columns, BLOCK):  # every lane keeps a maximum and a sum of its own
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * columns + at, mask=at < columns, other=-float("inf"))
+        higher = tl.maximum(most, value)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(most - safe) + tl.exp(value - safe)
+        most = higher
+    peak = tl.max(most)
+    normaliser = peak + tl.log(tl.sum(total * tl.exp(most - peak)))
+    target = tl.load(targets + row)
+    tl.store(losses + row, normaliser - tl.load(logits + row * columns + target))
+    tl.debug_barrier()
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * columns + at, mask=at < columns, other=0.0)
+        grad = lift * (tl.exp(value - normaliser) - tl.where(at == target, 1.0, 0.0))
+        tl.debug_barrier()  # share lies in the same memory, at half the stride: what is written now has been read by all
+        tl.store(share + row * 2 * columns + at, grad.to(share.dtype.element_ty), mask=at < columns)
+
+
+LOSS_ROWS = 256
+"""Twice plain.py's, in the same memory: gradients are written over the logits that they come from."""
+
+
+def softmax_share(logits_NV: Tensor, targets_N: Tensor, lift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The share is a view of the logits' memory."""
+    num, columns = logits_NV.shape
+    losses, share = logits_NV.new_empty(num), logits_NV.view(dtype)[:, :columns]
+    softmax_share_kernel[(num,)](logits_NV, targets_N, losses, share, lift, columns, BLOCK=4096, num_warps=16)
+    return losses, share
 
 
 def kernels() -> dict[str, Any]:

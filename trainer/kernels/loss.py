@@ -16,12 +16,15 @@ TRL's own fused head does the same in Triton, which runs on no CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 128
+from trainer.kernels import plain
+
+CHUNK_ROWS = plain.LOSS_ROWS
 IGNORE = -100
 """Label of a position that bears no loss."""
 LIFT = 2.0**10
@@ -36,32 +39,28 @@ Summed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor, ops: ModuleType) -> Tensor:
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.flatten().index_select(0, supervised + 1)
         lift = LIFT if weight.dtype == torch.float16 else 1.0
         grad = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(supervised), CHUNK_ROWS):
-            places, wanted = supervised[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS, None]
+        for places, wanted in zip(supervised.split(ops.LOSS_ROWS), targets.split(ops.LOSS_ROWS), strict=True):
             logits = _product(rows.index_select(0, places).to(weight.dtype), weight.t())
-            at_target = logits.gather(1, wanted)
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (normaliser - at_target).sum()
+            losses, share = ops.softmax_share(logits, wanted, lift, weight.dtype)
+            total += losses.sum()
             if grad is not None:
-                share = logits.sub_(normaliser).exp_()
-                share.scatter_add_(1, wanted, torch.full_like(at_target, -1.0))
-                grad.index_copy_(0, places, _product(share.mul_(lift).to(weight.dtype), weight).to(grad.dtype))
+                grad.index_copy_(0, places, _product(share, weight).to(grad.dtype))
         ctx.grad, ctx.lift, ctx.shape = grad, lift, hidden.shape
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad, ctx.grad = ctx.grad, None
         assert grad is not None, "backward runs once: it turns what forward kept into its result"
         factor = grads[0].float() / ctx.lift
         for part in grad.split(8 * CHUNK_ROWS):
             part.copy_(part.float() * factor)
-        return grad.view(ctx.shape), None, None, None
+        return grad.view(ctx.shape), None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -78,14 +77,16 @@ def supervised_rows(labels: Tensor) -> Tensor:
     return bears.flatten().nonzero().flatten()
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor | None = None) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor | None = None, *, ops: ModuleType = plain
+) -> Tensor:
     """Sum over supervised tokens of -log p(next token), nats; float32.
 
     hidden: [B, T, H] after the final norm; weight: [V, H], gets no gradient; labels: [B, T], not shifted: the token at t is
-    predicted from position t - 1; supervised: supervised_rows(labels), where they are known.
+    predicted from position t - 1; supervised: supervised_rows(labels), where they are known. ops: plain.py or fused.py.
     """
     places = supervised_rows(labels) if supervised is None else supervised
-    total: Tensor = _SummedCrossEntropy.apply(hidden, weight.detach(), labels, places)
+    total: Tensor = _SummedCrossEntropy.apply(hidden, weight.detach(), labels, places, ops)
     return total
 
 

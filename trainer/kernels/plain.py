@@ -19,6 +19,8 @@ from trainer.kernels.nf4 import Nf4
 
 SAFE = 32768.0
 """Half of what float16 holds: no product is scaled to more than this."""
+LOSS_ROWS = 128
+"""Rows of logits at a time: at Gemma's 262,208 tokens 134 MB of float32, and half of that again in 16 bits."""
 
 
 def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
@@ -135,6 +137,20 @@ def pack(x_TH: Tensor, out_TH: Tensor) -> Tensor:
 
 def unpack(packed_TH: Tensor, scale_T: Tensor) -> Tensor:
     return _wide(packed_TH) * scale_T[:, None]
+
+
+def row_norms(squares_O: Tensor, wa_OR: Tensor, ba_OR: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """DoRA's n [O] from |W|^2, W A^T, B (A A^T) and B: see dora.py."""
+    return (squares_O + (b_OR * (2 * scale * wa_OR + scale**2 * ba_OR)).sum(1)).clamp_min(0).sqrt()
+
+
+def softmax_share(logits_NV: Tensor, targets_N: Tensor, lift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Losses [N] float32, and lift * (softmax - one-hot) [N, V] in dtype; logits may be overwritten."""
+    at_target = logits_NV.gather(1, targets_N[:, None])
+    normaliser = torch.logsumexp(logits_NV, dim=1, keepdim=True)
+    share = logits_NV.sub_(normaliser).exp_()
+    share.scatter_add_(1, targets_N[:, None], torch.full_like(at_target, -1.0))
+    return (normaliser - at_target)[:, 0], share.mul_(lift).to(dtype)
 
 
 def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:

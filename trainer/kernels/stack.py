@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch.nn import functional
 from trainer import gemma3
 from trainer.config import Kernels
 from trainer.errors import ConfigError, MachineError, ModelError
-from trainer.kernels import attention, nf4, plain
+from trainer.kernels import attention, loss, nf4, plain
 from trainer.kernels.dora import Adapter, Group
 from trainer.kernels.layer import Batch, Layer, Norms, Pieces, Shape, Span, Way
 from trainer.kernels.offload import Arena, Waiting
@@ -125,6 +126,11 @@ class Stack:
     @property
     def pinned_bytes(self) -> int:
         return self._waiting.pinned_bytes + (self._gradients.pinned_bytes if self._gradients else 0)
+
+    @property
+    def summed(self) -> loss.Summed:
+        """The loss, over the same operations."""
+        return functools.partial(loss.summed_cross_entropy, ops=self._pieces.rest)
 
     def refresh(self) -> None:
         """After each change of the adapter's weights: DoRA's norms."""

@@ -63,15 +63,16 @@ class Computing(NamedTuple):
     gather: Callable[[], None] = lambda: None
     """Brings gradients that wait elsewhere back before a step."""
     pinned_bytes: int = 0
+    summed: loss.Summed = loss.summed_cross_entropy
 
 
 def computing(cfg: Config, model: Any) -> Computing:
     """Put the pieces that cfg.kernels names into a model with a new adapter."""
     if cfg.kernels.layer == "ours":
         stack = models.installed(cfg, model)
-        return Computing(stack.hidden, stack.refresh, stack.active, stack.gather, stack.pinned_bytes)
-    kept = cfg.model.backend == "transformers" and peft.keep_norms(model)
-    return Computing(models.hidden_states(model), lambda: peft.refresh_norms(model), ("kept norms",) if kept else ())
+        return Computing(stack.hidden, stack.refresh, stack.active, stack.gather, stack.pinned_bytes, stack.summed)
+    kept = cfg.model.backend == "transformers" and cfg.kernels.dora == "ours" and peft.keep_norms(model, new=True)
+    return Computing(models.hidden_states(model), lambda: peft.refresh_norms(model), (peft.SEAM,) if kept else ())
 
 
 def run(
@@ -137,7 +138,7 @@ def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work
         seal=lambda written: checkpoints.seal(written, directory, cfg.checkpoint.keep),
         observer=watch,
         hidden=how.hidden,
-        summed=loss.summed_cross_entropy if cfg.kernels.loss == "ours" else loss.stock_cross_entropy,
+        summed=how.summed if cfg.kernels.loss == "ours" else loss.stock_cross_entropy,
     )
     if resume:
         progress.say(f"train: going on from step {checkpoints.step_of(resume)}")
