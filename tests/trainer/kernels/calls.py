@@ -140,6 +140,24 @@ def _unpack(ops: ModuleType, make: Make) -> tuple[Tensor, ...]:
     return (ops.unpack(make.normal(make.tokens, make.size.hidden_size), make.powers()),)
 
 
+def _row_norms(ops: ModuleType, make: Make) -> tuple[Tensor, ...]:
+    """Ranks that are and are not a power of two."""
+    rows, outs = make.size.hidden_size + 3, []
+    for rank in (16, 24):
+        squares = make.wide(rows).square() + 1
+        wa, ba, b = (make.wide(rows, rank, spread=0.1) for _ in range(3))
+        outs.append(ops.row_norms(squares, wa, ba, b, 0.7))
+    return tuple(outs)
+
+
+def _softmax_share(ops: ModuleType, make: Make) -> tuple[Tensor, ...]:
+    rows, vocabulary = 3, make.size.vocab_size
+    logits = make.wide(rows, vocabulary, spread=4)
+    logits[1, 7] = 60.0  # all but certain
+    targets = make.whole(vocabulary, rows)
+    return tuple(ops.softmax_share(logits, targets, 1024.0, make.dtype))
+
+
 def _regroup(ops: ModuleType, make: Make) -> tuple[Tensor, ...]:
     shape = (make.tokens, make.size.query_size)
     return tuple(ops.regroup(make.normal(*shape), make.normal(*shape), make.powers(), make.heads))
@@ -170,6 +188,8 @@ CALLS: Mapping[str, Call] = MappingProxyType(
         "column_dot": _column_dot,
         "pack": _pack,
         "unpack": _unpack,
+        "row_norms": _row_norms,
+        "softmax_share": _softmax_share,
         "regroup": _regroup,
         "softmax_backward": _softmax_backward,
     }

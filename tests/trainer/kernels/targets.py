@@ -27,6 +27,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 Act = Callable[[Any, tuple[int, ...], list[Any]], None]
