@@ -15,6 +15,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,22 @@ def sound_on_cpu(model: torch.nn.Module) -> None:
         if isinstance(module, Linear4bit):
             assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False), f"{name} has been repacked already"
             module.support_avx512bf16_for_cpu = False
+
+
+def row_chunks(weight: Any, rows: int) -> Iterator[torch.Tensor]:
+    """The rows of a loaded matrix (a Params4bit), `rows` at a time, as the forward pass dequantises them: [<= rows, I] in its dtype."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    from trainer.kernels import nf4
+
+    packed, dtype = nf4.of(weight), weight.quant_state.dtype
+    (out, wide), scales = packed.shape, packed.scales()
+    for start in range(0, out, rows):
+        shape = (min(rows, out - start), wide)
+        first, last = start * wide, (start + shape[0]) * wide
+        codes, absmax = packed.codes[first // 2 : last // 2], scales[first // BLOCK : last // BLOCK]
+        state = QuantState(absmax, shape=shape, code=packed.table, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        yield dequantize_4bit(codes.view(-1, 1), state)
 
 
 class Nf4Weights:

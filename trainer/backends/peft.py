@@ -3,7 +3,7 @@
 PEFT computes y = g * (W x + s B A x) with g = m / n, n_o = |W_o + s (B A)_o|, and builds n anew in every forward pass, from
 eye(d_in), the dense B A and the dequantised W, and once more for a checkpoint's recomputation. But n only changes with the
 weights: once an optimizer step in training, never in evaluation. So another object with the same forward stands at PEFT's
-seam, `layer.lora_variant[adapter]`: one product with g in place of all that.
+seam, `layer.lora_variant[adapter]`: our op trinity::dora with kept norms (trainer/kernels/dora.py) in place of all that.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.backends import bitsandbytes
 from trainer.config import Adapter
-from trainer.errors import ModelError
+from trainer.errors import ConfigError, ModelError
+from trainer.kernels.dora import dora as dora_op
 
 NAME = "default"
 """What PEFT calls the one adapter of a model."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+SEAM = "dora: trinity::dora at PEFT's seam"
+"""What runs where norms are kept, for the facts."""
 _ROWS = 1024
-"""Rows of B A that are dense at a time: at most 63 MB of float32 at 15,360 columns."""
+"""Rows of W that are dequantised at a time: at most 63 MB of float32 at 15,360 columns."""
 
 
 def attach(model: Any, adapter: Adapter, *, base_name: str, revision: str, seed: int) -> Any:
@@ -93,49 +97,65 @@ def layers(model: Any) -> list[Any]:
 
 
 class KeptNorms:
-    """DoRA's forward with row norms [out] that somebody else computes; stands where PEFT's DoraLinearVariant stood.
+    """DoRA's forward as one op, trinity::dora, with row norms that only refresh() renews; stands where PEFT's DoraLinearVariant stood.
 
     PEFT treats n as a constant in backward too (arXiv 2402.09353, section 4.3), so gradients are the same.
     """
 
-    def __init__(self, norms: Tensor) -> None:
-        self.norms = norms
+    def __init__(self, layer: Any) -> None:
+        self._squares_O = squared_norms(layer)
+        self.norms_O = norms(layer, self._squares_O)
+
+    def refresh(self, layer: Any) -> None:
+        """To be called after A or B changed."""
+        self.norms_O.copy_(norms(layer, self._squares_O))
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """result: W x, without bias."""
-        update = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
-        gain = module.lora_magnitude_vector[active_adapter].weight / self.norms
-        return gain.to(result.dtype) * (result + update.to(result.dtype))
+        """result: W x, without bias. x comes in A's dtype."""
+        a_RI, b_OR = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        m_O, scale = module.lora_magnitude_vector[active_adapter].weight, float(module.scaling[active_adapter])
+        found: Tensor = dora_op(result, x, a_RI, b_OR, m_O, self.norms_O, scale)
+        return found
 
 
-def keep_norms(model: Any) -> bool:
-    """Compute DoRA's norms now and use them until refresh_norms(); false where PEFT's own forward must stay.
+def keep_norms(model: Any, *, new: bool) -> bool:
+    """Run every DoRA linear through trinity::dora from now on, with norms that stay until refresh_norms(); False without DoRA.
 
-    With dropout it must: there W sees the dropped x, too.
+    new: a new adapter's m is set to n, by the routine that will compute n ever after: g is then 1 to the bit. Any other m stays.
+
+    Raises:
+        ConfigError: the adapter has dropout; then W, too, sees the dropped x, which needs a second product with W.
     """
     dora = _dora(model)
-    if not dora or any(not isinstance(layer.lora_dropout[NAME], torch.nn.Identity) for layer in dora):
-        return False
+    if any(not isinstance(layer.lora_dropout[NAME], torch.nn.Identity) for layer in dora):
+        raise ConfigError(
+            f'adapter.dropout = {dora[0].lora_dropout[NAME].p}: kernels.dora = "ours" is made for 0; '
+            "set adapter.dropout=0 or kernels.dora=stock"
+        )
     for layer in dora:
-        layer.lora_variant[NAME] = KeptNorms(norms(layer))
-    return True
+        layer.lora_variant[NAME] = kept = KeptNorms(layer)
+        if new:
+            layer.lora_magnitude_vector[NAME].weight.data.copy_(kept.norms_O)
+    return bool(dora)
 
 
 def refresh_norms(model: Any) -> None:
     """To be called after every optimizer step of a model whose norms are kept."""
     for layer in _dora(model):
         if isinstance(layer.lora_variant[NAME], KeptNorms):
-            layer.lora_variant[NAME].norms.copy_(norms(layer))
+            layer.lora_variant[NAME].refresh(layer)
 
 
 @contextmanager
 def frozen_norms(model: Any) -> Iterator[None]:
     """Within the block no weight may change, and DoRA costs next to nothing. Without DoRA nothing happens."""
     assert not model.training, "gradients change weights, and norms with them"
+    refresh_norms(model)
     dora = _dora(model)
     before = [layer.lora_variant[NAME] for layer in dora]
-    for layer in dora:
-        layer.lora_variant[NAME] = KeptNorms(norms(layer))
+    for layer, variant in zip(dora, before, strict=True):
+        if not isinstance(variant, KeptNorms):
+            layer.lora_variant[NAME] = KeptNorms(layer)
     try:
         yield
     finally:
@@ -147,22 +167,27 @@ def _dora(model: Any) -> list[Any]:
     return [layer for layer in layers(model) if NAME in layer.lora_variant]
 
 
-@torch.no_grad()
-def norms(layer: Any) -> Tensor:
-    """n = |W + s B A| per row, float32, from the very weights that the forward pass reads."""
-    from peft.utils.integrations import dequantize_module_weight
+def squared_norms(layer: Any) -> Tensor:
+    """|W|^2 per row [O], float32; it never changes."""
+    return torch.cat([some_OI.float().square().sum(1) for some_OI in _rows(layer)])
 
+
+@torch.no_grad()
+def norms(layer: Any, squares_O: Tensor) -> Tensor:
+    """n = |W + s B A| per row [O], float32, from the very weights that the forward pass reads.
+
+    n^2 = |W|^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B), without a dense B A. squares: squared_norms().
+    """
+    a_RI, b_OR, scale = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float(), layer.scaling[NAME]
+    wa_OR = torch.cat([some_OI.float() @ a_RI.t() for some_OI in _rows(layer)])
+    more_O = (b_OR * (2 * scale * wa_OR + scale**2 * (b_OR @ (a_RI @ a_RI.t())))).sum(1)
+    return (squares_O + more_O).clamp_min(0).sqrt()
+
+
+def _rows(layer: Any) -> Iterator[Tensor]:
     base = layer.get_base_layer()
     assert base.bias is None, "Gemma's linears have no bias"
-    weight = dequantize_module_weight(base)
-    a_RI, b_OR = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float()
-    parts = [
-        torch.linalg.norm(
-            torch.addmm(weight[start : start + _ROWS].float(), b_OR[start : start + _ROWS], a_RI, alpha=layer.scaling[NAME]), dim=1
-        )
-        for start in range(0, len(weight), _ROWS)
-    ]
-    return torch.cat(parts)
+    return bitsandbytes.row_chunks(base.weight, _ROWS)
 
 
 def _whole(alpha: float) -> float:

@@ -278,6 +278,21 @@ def test_the_state_has_its_tokenizer(state: Path, cache: Path) -> None:
     assert AutoTokenizer.from_pretrained(state)(text)["input_ids"][:2] == [2, 105]
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_in_chunks_are_those_that_the_forward_pass_reads(double_quant: bool, dtype: str) -> None:
+    """To the bit; the last chunk is short, and double quantisation's blocks of 256 scales cross chunks."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    values = torch.randn(200, 192, generator=torch.Generator().manual_seed(4)).to(getattr(torch, dtype))
+    weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=double_quant).to("cpu")
+    chunks = list(wall.row_chunks(weight, 64))
+    assert [len(chunk) for chunk in chunks] == [64, 64, 64, 8]
+    assert torch.equal(torch.cat(chunks), dequantize_4bit(weight.data, weight.quant_state))
+
+
 @pytest.mark.gpu
 def test_cuda_makes_and_loads_a_float16_state_too(tmp_path: Path) -> None:
     import torch

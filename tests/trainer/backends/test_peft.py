@@ -1,4 +1,4 @@
-"""The wall around PEFT: frozen norms compute what PEFT computes, and what we write stock PEFT reads."""
+"""The wall around PEFT: our op at its seam computes what PEFT computes, and what we write stock PEFT reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.backends import hub, peft
 from trainer.config import Config
-from trainer.errors import ModelError
-from trainer.training import measure
+from trainer.errors import ConfigError, ModelError
+from trainer.training import loop, measure
 from trainer.training import model as models
 from trainer.training.batches import row
 
@@ -70,23 +71,37 @@ def test_frozen_norms_compute_what_peft_computes(model: Any) -> None:
     assert torch.equal(logits(model), expected), "afterwards PEFT's own forward is back"
 
 
-def test_the_seam_is_really_used(model: Any) -> None:
-    calls: list[int] = []
-    with peft.frozen_norms(model):
-        for layer in peft.layers(model):
-            layer.lora_variant[peft.NAME] = Counting(layer.lora_variant[peft.NAME].norms, calls)
+class Calls(TorchDispatchMode):
+    """Counts our ops within the block, where torch dispatches them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.forward += func is torch.ops.trinity.dora.default
+        self.backward += func is torch.ops.trinity.dora_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_targeted_linear_runs_our_op_when_frozen(model: Any) -> None:
+    with Calls() as calls:
         logits(model)
-    assert len(calls) == len(peft.layers(model))
+        assert calls.forward == 0, "PEFT's own"
+        with peft.frozen_norms(model):
+            logits(model)
+    assert (calls.forward, calls.backward) == (len(peft.layers(model)), 0)
 
 
-class Counting(peft.KeptNorms):
-    def __init__(self, norms: torch.Tensor, calls: list[int]) -> None:
-        super().__init__(norms)
-        self._calls = calls
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._calls.append(1)
-        return super().forward(*args, **kwargs)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_targeted_linear_runs_our_op_in_training_and_in_a_recompute(model: Any, checkpointing: bool) -> None:
+    assert peft.keep_norms(model, new=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with Calls() as calls:
+        gradients(model.train())
+    count = len(peft.layers(model))
+    assert (calls.forward, calls.backward) == ((1 + checkpointing) * count, count)
 
 
 @pytest.mark.parametrize("sabotage", ["alpha / r instead of alpha / sqrt(r)", "magnitudes forgotten"])
@@ -98,7 +113,7 @@ def test_a_wrong_scale_or_gain_would_show(model: Any, sabotage: str) -> None:
             if sabotage.startswith("alpha"):
                 layer.scaling[peft.NAME] = layer.lora_alpha[peft.NAME] / layer.r[peft.NAME]
             else:
-                layer.lora_variant[peft.NAME].norms.copy_(layer.lora_magnitude_vector[peft.NAME].weight.detach())
+                layer.lora_variant[peft.NAME].norms_O.copy_(layer.lora_magnitude_vector[peft.NAME].weight.detach())
         assert float((logits(model) - expected).abs().max()) > 0.1
 
 
@@ -108,18 +123,71 @@ def gradients(made: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
 
 
-def test_kept_norms_have_pefts_gradients(model: Any) -> None:
+def test_our_op_has_pefts_gradients(model: Any) -> None:
     expected = gradients(model.train())
-    assert peft.keep_norms(model)
+    assert peft.keep_norms(model, new=False)
     found = gradients(model)
     assert found.keys() == expected.keys() and len(found) == 3 * len(peft.layers(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
+def test_one_linear_computes_what_pefts_does_forward_and_backward(model: Any) -> None:
+    """Without the layers between, that amplify rounding: each linear to float32's own precision."""
+    for layer in peft.layers(model)[:7]:
+        x = torch.randn(5, 9, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        weights = (x, layer.lora_A[peft.NAME].weight, layer.lora_B[peft.NAME].weight, layer.lora_magnitude_vector[peft.NAME].weight)
+        dy = torch.randn(5, 9, layer.out_features, generator=torch.Generator().manual_seed(2))
+        y = layer(x)
+        expected = [y.detach(), *torch.autograd.grad(y, weights, dy)]
+        layer.lora_variant[peft.NAME] = peft.KeptNorms(layer)
+        y = layer(x)
+        for one, other in zip([y.detach(), *torch.autograd.grad(y, weights, dy)], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+def test_norms_are_those_of_the_dense_matrix(model: Any) -> None:
+    """Against float64."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    layer = peft.layers(model)[6]
+    a, b, scale = layer.lora_A[peft.NAME].weight.double(), layer.lora_B[peft.NAME].weight.double(), layer.scaling[peft.NAME]
+    dense = dequantize_module_weight(layer.get_base_layer()).double() + scale * (b @ a)
+    torch.testing.assert_close(peft.KeptNorms(layer).norms_O.double(), torch.linalg.norm(dense, dim=1), rtol=1e-6, atol=0)
+
+
+def test_a_new_adapter_leaves_the_base_as_it_is_to_the_bit(cfg: Config) -> None:
+    made = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg))).eval()
+    assert peft.keep_norms(made, new=True)
+    peft.refresh_norms(made)
+    for layer in peft.layers(made):
+        assert torch.equal(layer.lora_magnitude_vector[peft.NAME].weight, layer.lora_variant[peft.NAME].norms_O)
+    assert torch.equal(logits(made), logits(models.base(cfg, models.nf4(cfg)).eval()))
+    with torch.no_grad():
+        peft.layers(made)[0].lora_magnitude_vector[peft.NAME].weight.mul_(1 + 1e-6)
+    assert not torch.equal(logits(made), logits(models.base(cfg, models.nf4(cfg)).eval())), "the last digit would show"
+
+
+def test_magnitudes_that_were_trained_are_never_touched(model: Any, cfg: Config, tmp_path: Path) -> None:
+    """Not by the seam, not by a refresh, not by a load."""
+    peft.save(model, tmp_path)
+    trained = magnitudes(model)
+    loaded = peft.load(models.base(cfg, models.nf4(cfg)), tmp_path, base_name=cfg.model.name).eval()
+    for one in (model, loaded):
+        assert peft.keep_norms(one, new=False)
+        peft.refresh_norms(one)
+        with peft.frozen_norms(one):
+            logits(one)
+        assert all(torch.equal(*pair) for pair in zip(magnitudes(one), trained, strict=True))
+
+
+def magnitudes(made: Any) -> list[torch.Tensor]:
+    return [layer.lora_magnitude_vector[peft.NAME].weight.detach().clone() for layer in peft.layers(made)]
+
+
 def test_kept_norms_follow_the_weights_only_when_refreshed(model: Any) -> None:
     """Sentinel: a forgotten refresh shows."""
-    assert peft.keep_norms(model)
+    assert peft.keep_norms(model, new=False)
     with torch.no_grad():
         for layer in peft.layers(model):
             layer.lora_B[peft.NAME].weight.mul_(2.0)
@@ -131,9 +199,32 @@ def test_kept_norms_follow_the_weights_only_when_refreshed(model: Any) -> None:
     assert float((stale - fresh).abs().max()) > 0.1
 
 
-def test_with_dropout_pefts_own_forward_stays(cfg: Config) -> None:
-    dropping = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update={"dropout": 0.1})})
-    assert not peft.keep_norms(models.with_new_adapter(dropping, models.base(cfg, models.nf4(cfg))))
+def test_dropout_is_refused_with_the_remedy(tiny_config: Make) -> None:
+    cfg = tiny_config("adapter.dropout=0.1")
+    made = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
+    with pytest.raises(ConfigError, match=r"adapter.dropout = 0.1: .* set adapter.dropout=0 or kernels.dora=stock"):
+        loop.computing(cfg, made)
+    how = loop.computing(tiny_config("adapter.dropout=0.1", "kernels.dora=stock"), made)
+    assert how.active == () and not any(isinstance(layer.lora_variant[peft.NAME], peft.KeptNorms) for layer in peft.layers(made))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "active", "ours"),
+    [
+        ((), ("dora: trinity::dora at PEFT's seam",), True),
+        (("kernels.dora=stock",), (), False),
+        (("adapter.dora=false",), (), False),
+    ],
+)
+def test_the_loop_installs_what_the_config_names_and_says_so(
+    tiny_config: Make, overrides: tuple[str, ...], active: tuple[str, ...], ours: bool
+) -> None:
+    cfg = tiny_config(*overrides)
+    made = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
+    how = loop.computing(cfg, made)
+    with Calls() as calls:
+        how.hidden({"input_ids": IDS})
+    assert (how.active, calls.forward) == (active, ours * len(peft.layers(made)))
 
 
 def test_the_base_alone_is_the_model_without_an_adapter(model: Any, cfg: Config) -> None:

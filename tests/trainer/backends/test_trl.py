@@ -58,7 +58,7 @@ class Attempt:
 
     def __init__(self, cfg: Config, prepared: Path, out: Path, *, scaled: bool, bad: int | None = None) -> None:
         self.model = models.with_new_adapter(cfg, models.base(cfg, models.nf4(cfg)))
-        assert peft.keep_norms(self.model)
+        assert peft.keep_norms(self.model, new=True)
         self.stepper = Stepper(
             optimizer.build(self.model.named_parameters(), cfg.train),
             max_norm=cfg.train.max_grad_norm,
