@@ -102,9 +102,13 @@ class KeptNorms:
     PEFT treats n as a constant in backward too (arXiv 2402.09353, section 4.3), so gradients are the same.
     """
 
-    def __init__(self, layer: Any) -> None:
-        self._squares_O = squared_norms(layer)
+    def __init__(self, layer: Any, squares_O: Tensor | None = None) -> None:
+        self._squares_O = squared_norms(layer) if squares_O is None else squares_O
         self.norms_O = norms(layer, self._squares_O)
+
+    def beside(self, layer: Any) -> KeptNorms:
+        """Another one, with the norms of now; these stay as they are."""
+        return KeptNorms(layer, self._squares_O)
 
     def refresh(self, layer: Any) -> None:
         """To be called after A or B changed."""
@@ -150,12 +154,10 @@ def refresh_norms(model: Any) -> None:
 def frozen_norms(model: Any) -> Iterator[None]:
     """Within the block no weight may change, and DoRA costs next to nothing. Without DoRA nothing happens."""
     assert not model.training, "gradients change weights, and norms with them"
-    refresh_norms(model)
     dora = _dora(model)
     before = [layer.lora_variant[NAME] for layer in dora]
     for layer, variant in zip(dora, before, strict=True):
-        if not isinstance(variant, KeptNorms):
-            layer.lora_variant[NAME] = KeptNorms(layer)
+        layer.lora_variant[NAME] = variant.beside(layer) if isinstance(variant, KeptNorms) else KeptNorms(layer)
     try:
         yield
     finally:
