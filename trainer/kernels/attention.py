@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK_TOKENS = 512
 """Queries of a block of the banded backward."""
@@ -53,7 +54,7 @@ class Documents(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward hands to backward: output [T, K G D] and logsumexp [K, T, G] float32 (whatever flash makes of it)."""
+    """Output [K, T, G, D], and its logsumexp in whatever form the same way's backward reads."""
 
     out: Tensor
     lse: Tensor
@@ -63,8 +64,10 @@ class Attention(Protocol):
     """One way to compute it, for one batch and one window."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved: ...
-    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """do and saved.out are of the output scaled by c. Returns dq [K, T, G, D], dk and dv [K, T, D]."""
+    def backward(
+        self, do_TO: Tensor, o_TO: Tensor, lse: Tensor, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """o [T, K G D (and more)] is the output scaled by c, do its gradient. Returns dq [K, T, G, D], dk and dv [K, T, D]."""
 
 
 def documents(starts: Sequence[int], device: torch.device) -> Documents:
@@ -94,14 +97,14 @@ class Plain:
         scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~seen, -math.inf)
         lse = torch.logsumexp(scores, -1)
         out = torch.exp(scores - lse[..., None]).to(v.dtype) @ v
-        return Saved(out.view(q.shape).permute(1, 0, 2, 3).reshape(q.shape[1], -1), lse.view(q.shape[:3]))
+        return Saved(out.view(q.shape), lse.view(q.shape[:3]))
 
-    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad, delta = self._ops.regroup(do, saved.out, c_T, (q.shape[0], q.shape[2]))
+    def backward(
+        self, do_TO: Tensor, o_TO: Tensor, lse: Tensor, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, delta = self._ops.regroup(do_TO, o_TO, c_T, (q.shape[0], q.shape[2]))
         s, dp = self._rows(q) @ k.transpose(1, 2), self._rows(grad) @ v.transpose(1, 2)
-        p, ds = self._ops.softmax_backward(
-            s, dp, saved.lse.flatten(1), delta.flatten(1), self._first, self._scale, (0, 0, q.shape[2]), q.dtype
-        )
+        p, ds = self._ops.softmax_backward(s, dp, lse.flatten(1), delta.flatten(1), self._first, self._scale, (0, 0, q.shape[2]), q.dtype)
         return (ds @ k).view(q.shape), ds.transpose(1, 2) @ self._rows(q), p.transpose(1, 2) @ self._rows(grad)
 
     @staticmethod
@@ -116,16 +119,18 @@ class Sdpa:
     def __init__(self, where: Documents, window: int | None, scale: float, ops: ModuleType) -> None:
         token = torch.arange(where.tokens, device=where.cu_seqlens.device)
         first = first_keys(where, window)
-        self._mask, self._scale = (token[None] <= token[:, None]) & (token[None] >= first[:, None]), scale
+        self._mask, self._scale, self._ops = (token[None] <= token[:, None]) & (token[None] >= first[:, None]), scale, ops
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
         return Saved(self._output(q, k, v), q.new_zeros(q.shape[:3], dtype=torch.float32))
 
-    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, do_TO: Tensor, o_TO: Tensor, lse: Tensor, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         leaves = [value.detach().requires_grad_() for value in (q, k, v)]
         with torch.enable_grad():
             out = self._output(*leaves)
-        dq, dk, dv = torch.autograd.grad(out, leaves, do * c_T[:, None].to(do.dtype))
+        dq, dk, dv = torch.autograd.grad(out, leaves, self._ops.regroup(do_TO, o_TO, c_T, (q.shape[0], q.shape[2]))[0])
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     def _output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,41 +138,42 @@ class Sdpa:
         out = torch.nn.functional.scaled_dot_product_attention(
             heads, k[None], v[None], attn_mask=self._mask, scale=self._scale, enable_gqa=True
         )
-        return out[0].transpose(0, 1).flatten(1)
+        return out[0].unflatten(0, q.shape[0:3:2]).transpose(1, 2)
 
 
 class Turing:
     def __init__(self, where: Documents, window: int | None, scale: float, ops: ModuleType) -> None:
         self._where, self._window, self._scale, self._ops = where, window, scale, ops
         self._first = first_keys(where, window)
-        starts = torch.tensor(where.starts)
-        lengths = starts.diff()
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        self._document = document.to(where.cu_seqlens.device, non_blocking=True)
-        self._position = (torch.arange(where.tokens) - starts[document]).to(where.cu_seqlens.device, non_blocking=True)
+        starts, device = torch.tensor(where.starts), where.cu_seqlens.device
+        document = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+        self._document = document.to(device, non_blocking=True)
+        self._position = (torch.arange(where.tokens) - starts[document]).to(device, non_blocking=True)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Saved:
-        """One call for each query head of a group: its heads of q and those of k and v are then the same in number."""
+        """Key heads behind each other are so many documents more, and the query heads of a group see the same k and v by a stride of 0:
+        one call, and nothing is repeated."""
         kv, tokens, group, wide = q.shape
-        out, lse = q.new_empty(tokens, kv, group, wide), q.new_empty(kv, tokens, group, dtype=torch.float32)
         where = self._where
-        for number in range(group):
-            part, raw, *_ = torch.ops.aten._efficient_attention_forward(
-                q[:, :, number].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
-                None, where.cu_seqlens, where.cu_seqlens, where.longest, where.longest, 0.0, 1, True,
-                scale=self._scale, window_size=self._window,
-            )  # fmt: skip
-            out[:, :, number] = part[0]
-            lse[:, :, number] = raw[self._document, :, self._position].t()
-        return Saved(out.view(tokens, -1), lse)
+        ends = (torch.arange(kv, device=q.device, dtype=torch.int32)[:, None] * tokens + where.cu_seqlens[1:]).flatten()
+        starts = functional.pad(ends, (1, 0))
+        k, v = (x.view(1, kv * tokens, 1, wide).expand(-1, -1, group, -1) for x in (k, v))
+        out, raw, *_ = torch.ops.aten._efficient_attention_forward(
+            q.view(1, kv * tokens, group, wide), k, v, None, starts, starts, where.longest, where.longest, 0.0, 1, True,
+            scale=self._scale, window_size=self._window,
+        )  # fmt: skip
+        lse = raw.unflatten(0, (kv, -1))[:, self._document, :, self._position]  # [T, K, G]
+        return Saved(out.view(q.shape), lse.transpose(0, 1).contiguous())
 
-    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, do_TO: Tensor, o_TO: Tensor, lse: Tensor, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kv, tokens, group, wide = q.shape
-        grad, delta = self._ops.regroup(do, saved.out, c_T, (kv, group))
+        grad, delta = self._ops.regroup(do_TO, o_TO, c_T, (kv, group))
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(kv, tokens, wide, dtype=torch.float32, device=q.device) for _ in range(2))
         rows_q, rows_grad, rows_dq = q.flatten(1, 2), grad.flatten(1, 2), dq.flatten(1, 2)
-        lse, delta = saved.lse.flatten(1), delta.flatten(1)
+        lse, delta = lse.flatten(1), delta.flatten(1)
         for t0, t1, lo in bands(self._where.starts, self._window):
             rows, keys = slice(t0 * group, t1 * group), slice(lo, t1)
             for heads in self._heads(kv, (t1 - t0) * group * (t1 - lo)):
@@ -204,17 +210,19 @@ class Flash:
             self._merged(q), k.transpose(0, 1), v.transpose(0, 1), *self._lengths(), 0.0, True, False, scale=self._scale,
             window_size_left=self._left, window_size_right=None if self._left is None else 0,
         )  # fmt: skip
-        return Saved(out.reshape(q.shape[1], -1), lse)
+        return Saved(out.unflatten(1, q.shape[0:3:2]).transpose(0, 1), lse)
 
-    def backward(self, do: Tensor, saved: Saved, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, do_TO: Tensor, o_TO: Tensor, lse: Tensor, c_T: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """c cancels in delta only: the output is unscaled before, the gradient scaled."""
         kv, tokens, group, wide = q.shape
         shape = (tokens, kv * group, wide)
-        grad = (do * c_T[:, None].to(do.dtype)).view(shape)
-        out = (saved.out / c_T[:, None].to(do.dtype)).view(shape)
+        grad = (do_TO * c_T[:, None].to(do_TO.dtype)).view(shape)
+        out = (o_TO[:, : do_TO.shape[1]] / c_T[:, None].to(do_TO.dtype)).view(shape)
         nothing = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that is not there
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad, self._merged(q), k.transpose(0, 1), v.transpose(0, 1), out, saved.lse, *self._lengths(), 0.0, True, nothing, nothing,
+            grad, self._merged(q), k.transpose(0, 1), v.transpose(0, 1), out, lse, *self._lengths(), 0.0, True, nothing, nothing,
             scale=self._scale, window_size_left=self._left, window_size_right=None if self._left is None else 0,
         )  # fmt: skip
         return (

@@ -7,19 +7,26 @@ V = W + s B A, n = row norms of V (a constant in backward), g = m / n, y = g * (
     forward   y = X (g W)^T + s (X A^T) (g B)^T, with g inside of the dequantised W and of the 16-bit B
     backward  P = s dY (g B): dX = dY (g W) + P A, dA = P^T X, dB = s g * (dY^T (X A^T)), dm = (1 / m) colsum(dY * Y)
 
+Both sums of two products are one product each, over a matrix that holds all of it:
+
+    M = [ g W   s g L B ]    y  = [X | X A^T / L] M[:O]^T
+        [ A / L    -    ]    dX = [dY | P L] M[:, :I]         P L = dY M[:O, I:],  X A^T / L = X M[O:, :I]^T
+
+so that no pass over Y or dX adds the adapter's share. X and dY lie in buffers with R columns more, where X A^T and P are put. The
+power of two L keeps a B of 1e-6 among float16's normal numbers.
+
 A new adapter's m comes from the routine that computes n, so that g is 1 to the bit, and with B = 0 the output is QLoRA's.
 
-Memory of a linear, T tokens: X, which the layer holds anyway; X A^T [T, r]; Y, which the next operation holds anyway. g W lives
-while it is needed for the layer at work. Not done: one product over [X, X A^T] and [g W, s g B], which would save a pass over Y
-but needs X in a wider buffer.
+Memory of a linear, T tokens: X and R columns, which the layer holds anyway; Y, which the next operation holds anyway. M lives while it
+is needed for the layer at work.
 
-Legend: T tokens, I inputs, O outputs, R rank. A Group is one or several matrices that read the same X, side by side in O.
+Legend: T tokens, I inputs, O outputs, R ranks of all adapters of a Group: one or several matrices that read the same X, side by side in O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,8 +35,8 @@ from torch import Tensor
 
 from trainer.kernels.nf4 import Nf4
 
-LIFT = 256.0
-"""B is multiplied by it in 16 bits, and the product divided again, exactly: a B of 1e-6 keeps its digits in float16."""
+LIFT = 16.0
+"""L."""
 
 
 class Adapter(NamedTuple):
@@ -62,19 +69,21 @@ class Group:
         self, weights: Sequence[Nf4], adapters: Sequence[Adapter | None], scale: float, dtype: torch.dtype, ops: ModuleType
     ) -> None:
         self.weights, self.adapters, self.scale, self.dtype, self._ops = tuple(weights), tuple(adapters), scale, dtype, ops
-        ends = [0]
-        for weight in weights:
-            ends.append(ends[-1] + weight.shape[0])
-        self.slices = tuple(slice(*ends) for ends in pairwise(ends))
+        ends = list(accumulate((weight.shape[0] for weight in weights), initial=0))
+        self.slices = tuple(slice(*pair) for pair in pairwise(ends))
         self.out, self.wide = ends[-1], weights[0].shape[1]
-        device = weights[0].codes.device
-        self._ranks = [0 if adapter is None else len(adapter.a_RI) for adapter in adapters]
-        self.squares_O = self._squared_norms(device)
+        ranks = list(accumulate((len(adapter.a_RI) if adapter else 0 for adapter in adapters), initial=0))
+        self._ranks = tuple(slice(*pair) for pair in pairwise(ranks))
+        self.more = ranks[-1]
+        """R: columns behind X and dY."""
+        self._device = weights[0].codes.device
+        self.squares_O = torch.cat([rows.to(_wide(dtype)).square().sum(1) for rows in self._dequantized().split(1024)])
         self.norms_O = self.squares_O.sqrt()
         self.gain_O: Tensor | None = None
-        self._lifted_O = torch.full_like(self.norms_O, LIFT)
+        self._lifted_O = torch.empty_like(self.norms_O)
         self.bound = self.norms_O.max()
         """Scalar: the largest row norm of what y is the product with."""
+        self._take()
 
     def start(self) -> None:
         """m of a new adapter, by the very routine that computes n."""
@@ -82,72 +91,75 @@ class Group:
         for adapter, part in zip(self.adapters, self.slices, strict=True):
             if adapter is not None and adapter.m_O is not None:
                 adapter.m_O.data.copy_(self.norms_O[part])
-        self.refresh()
+        self._take()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """To be called after A, B or m changed: n and g of today's adapter."""
-        if any(adapter is not None for adapter in self.adapters):
-            w_OI = self.dequantized(folded=False)
+        if self.more:
+            w_OI = self._dequantized()
             for adapter, part in zip(self.adapters, self.slices, strict=True):
                 if adapter is not None:
                     self.norms_O[part] = self._norm(adapter, w_OI[part], self.squares_O[part])
         self._take()
 
-    def dequantized(self, *, folded: bool = True) -> Tensor:
-        """[O, I]: g W, or W."""
-        w_OI = torch.empty(self.out, self.wide, dtype=self.dtype, device=self.norms_O.device)
-        gain = self.gain_O if folded else None
+    def matrix(self) -> Tensor:
+        """M [O + R, I + R] in 16 bits; its corner is not written and never read."""
+        matrix = torch.empty(self.out + self.more, self.wide + self.more, dtype=self.dtype, device=self._device)
         for weight, part in zip(self.weights, self.slices, strict=True):
-            self._ops.dequantize(weight, None if gain is None else gain[part], w_OI[part])
-        return w_OI
+            self._ops.dequantize(weight, None if self.gain_O is None else self.gain_O[part], matrix[part, : self.wide])
+        if len(self.weights) > 1 and self.more:
+            matrix[: self.out, self.wide :].zero_()  # B of one linear does not see the others' X A^T
+        for adapter, part, ranks in zip(self.adapters, self.slices, self._ranks, strict=True):
+            if adapter is not None:
+                torch.mul(adapter.b_OR, self._lifted_O[part, None], out=matrix[part, self.wide :][:, ranks])
+                torch.mul(adapter.a_RI, 1 / LIFT, out=matrix[self.out :][ranks, : self.wide])
+        return matrix
 
-    def forward(self, x_TI: Tensor, w_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """y [T, O] and X A^T [T, R of each adapter side by side]; w is dequantized()."""
-        y_TO = torch.mm(x_TI, w_OI.t())
-        xa_TR = self.reduced(x_TI)
-        for number, columns in self._columns():
-            self._add(y_TO[:, self.slices[number]], xa_TR[:, columns], self._b(number).t(), self.scale / LIFT)
-        return y_TO, xa_TR
+    def forward(self, x_TI: Tensor, matrix: Tensor, into: Tensor | None = None) -> Tensor:
+        """y [T, O] (or into[:, :O]). x: [T, I + R] with X in its first I columns; X A^T / L is written into the rest."""
+        self.reduce(x_TI, matrix)
+        return torch.mm(x_TI, matrix[: self.out].t(), out=None if into is None else into[:, : self.out])
 
-    def reduced(self, x_TI: Tensor) -> Tensor:
-        """X A^T, which backward needs even where y was kept."""
-        return torch.mm(x_TI, self._a().t())
+    def reduce(self, x_TI: Tensor, matrix: Tensor) -> None:
+        """X A^T / L alone, where y was kept."""
+        if self.more:
+            torch.mm(x_TI[:, : self.wide], matrix[self.out :, : self.wide].t(), out=x_TI[:, self.wide :])
 
     def backward(
-        self, dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, w_OI: Tensor, sums_O: Tensor, *, into: Tensor | None = None
+        self, dy_TO: Tensor, x_TI: Tensor, matrix: Tensor, sums_O: Tensor, *, into: Tensor | None = None
     ) -> tuple[Tensor, list[Gradients | None]]:
-        """dX [T, I], and the gradients of each adapter. sums: colsum(dY * Y) [O] float32. into: where dX is written."""
-        a_RI = self._a()
-        p_TR = torch.empty_like(xa_TR)
-        for number, columns in self._columns():
-            p_TR[:, columns] = product(dy_TO[:, self.slices[number]], self._b(number)) * (self.scale / LIFT)
-        da_RI = product(p_TR.t(), x_TI)
-        gradients: list[Gradients | None] = [None] * len(self.adapters)
-        for number, columns in self._columns():
-            adapter, part = self.adapters[number], self.slices[number]
-            assert adapter is not None
-            db_OR = product(dy_TO[:, part].t(), xa_TR[:, columns])
-            if self.gain_O is not None:
-                db_OR *= (self.scale * self.gain_O[part])[:, None]
-            else:
-                db_OR *= self.scale
-            dm_O = None if adapter.m_O is None else torch.where(adapter.m_O == 0, 0, sums_O[part] / adapter.m_O)
-            gradients[number] = Gradients(da_RI[columns], db_OR, dm_O)
-        dx_TI = torch.mm(dy_TO, w_OI) if into is None else torch.mm(dy_TO, w_OI, out=into)
-        if len(a_RI):
-            dx_TI.addmm_(p_TR, a_RI)
-        return dx_TI, gradients
+        """dX [T, I] (in into[:, :I], which may be x itself), and the gradients of each adapter.
 
+        dy: [T, O + R] with dY in its first O columns. x: as forward left it. sums: colsum(dY * Y) [O] float32.
+        """
+        x, out = x_TI[:, : self.wide], None if into is None else into[:, : self.wide]
+        gradients: list[Gradients | None] = [None] * len(self.adapters)
+        if self.more:
+            torch.mm(dy_TO[:, : self.out], matrix[: self.out, self.wide :], out=dy_TO[:, self.out :])
+            da_RI = product(dy_TO[:, self.out :].t(), x).mul_(1 / LIFT)
+            db_OR = product(dy_TO[:, : self.out].t(), x_TI[:, self.wide :])
+            gradients = [
+                None if adapter is None else self._gradients(adapter, da_RI[ranks], db_OR[part, ranks], sums_O[part], self._lifted_O[part])
+                for adapter, part, ranks in zip(self.adapters, self.slices, self._ranks, strict=True)
+            ]
+        return torch.mm(dy_TO, matrix[:, : self.wide], out=out), gradients
+
+    @staticmethod
+    def _gradients(adapter: Adapter, da_RI: Tensor, db_OR: Tensor, sums_O: Tensor, lifted_O: Tensor) -> Gradients:
+        dm_O = None if adapter.m_O is None else torch.where(adapter.m_O == 0, 0, sums_O / adapter.m_O)
+        return Gradients(da_RI, db_OR * lifted_O[:, None], dm_O)
+
+    @torch.no_grad()
     def _take(self) -> None:
         """g, and what follows from it."""
         gain_O = torch.ones_like(self.norms_O)
         for adapter, part in zip(self.adapters, self.slices, strict=True):
             if adapter is not None and adapter.m_O is not None:
-                gain_O[part] = adapter.m_O / self.norms_O[part]
+                torch.div(adapter.m_O, self.norms_O[part], out=gain_O[part])
         has_magnitude = any(adapter is not None and adapter.m_O is not None for adapter in self.adapters)
         self.gain_O = gain_O if has_magnitude else None
-        self._lifted_O = gain_O * LIFT
+        self._lifted_O = gain_O * (self.scale * LIFT)
         self.bound = (self.norms_O * gain_O.abs()).max()
 
     def _norm(self, adapter: Adapter, w_OI: Tensor, squares_O: Tensor) -> Tensor:
@@ -156,41 +168,16 @@ class Group:
         ba_OR = adapter.b_OR @ (a_RI @ a_RI.t())
         return self._ops.row_norms(squares_O, wa_OR, ba_OR, adapter.b_OR, self.scale)  # type: ignore[no-any-return]
 
-    def _squared_norms(self, device: torch.device) -> Tensor:
-        """|W|^2 [O], 1024 rows in float32 at a time."""
-        w_OI = torch.empty(self.out, self.wide, dtype=self.dtype, device=device)
+    def _dequantized(self) -> Tensor:
+        """W [O, I] in 16 bits."""
+        w_OI = torch.empty(self.out, self.wide, dtype=self.dtype, device=self._device)
         for weight, part in zip(self.weights, self.slices, strict=True):
             self._ops.dequantize(weight, None, w_OI[part])
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.cat([rows.to(wide).square().sum(1) for rows in w_OI.split(1024)])
+        return w_OI
 
-    def _columns(self) -> list[tuple[int, slice]]:
-        """(number of the linear, its columns of X A^T) of every linear with an adapter."""
-        found, start = [], 0
-        for number, rank in enumerate(self._ranks):
-            if rank:
-                found.append((number, slice(start, start + rank)))
-            start += rank
-        return found
 
-    def _a(self) -> Tensor:
-        a_RI = torch.empty(sum(self._ranks), self.wide, dtype=self.dtype, device=self.norms_O.device)
-        for number, columns in self._columns():
-            adapter = self.adapters[number]
-            assert adapter is not None
-            a_RI[columns] = adapter.a_RI
-        return a_RI
-
-    def _b(self, number: int) -> Tensor:
-        """LIFT g B [O, R] in 16 bits."""
-        adapter = self.adapters[number]
-        assert adapter is not None
-        b_OR = torch.empty(adapter.b_OR.shape, dtype=self.dtype, device=adapter.b_OR.device)
-        return torch.mul(adapter.b_OR, self._lifted_O[self.slices[number]][:, None], out=b_OR)
-
-    @staticmethod
-    def _add(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-        torch.addmm(y, left, right, alpha=alpha, out=y)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 # --- at PEFT's seam, where W x comes from elsewhere

@@ -10,7 +10,7 @@ Between forward and backward only the input of a span of layers waits (offload.p
 the span once more; the frozen weights ask for no gradient of their own, so that an output which is kept spares its whole product.
 
 Memory of the backward of one layer, T tokens, t in a tile: x, x1, dx float32 [T, H]; q k v, turned q and k, o, h, a in 16 bits; of the
-MLP gate|up [t, 2 I] in whose place the gradients are written, p [t, I] which dp overwrites, and the dequantised gate|up and down.
+MLP gate|up [t, 2 I] in whose place the gradients are written, p [t, I] which dp overwrites, and the matrices of gate|up and down.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels.attention import Attention, Saved
+from trainer.kernels.attention import Attention
 from trainer.kernels.dora import Gradients, Group
 from trainer.kernels.offload import Ticket, Waiting
 
@@ -75,18 +75,17 @@ class Shape(NamedTuple):
 
 
 class _Half(NamedTuple):
-    """The attention half of a layer, as its backward needs it."""
+    """The attention half of a layer, as its backward needs it. h and o have room for the adapter's columns."""
 
     h: Tensor
     qkv: Tensor
-    xa_qkv: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    saved: Saved
+    o: Tensor
+    lse: Tensor
     c: Tensor
     a: Tensor
-    xa_o: Tensor
     x1: Tensor
 
 
@@ -117,12 +116,13 @@ class Layer(nn.Module):
         half = self._attend(x, batch, tickets)
         if first:
             assert tickets is not None
-            self._keep(tickets, batch, {"o": half.a, "qkv": half.qkv, "attention": half.saved.out, "lse": half.saved.lse})
+            self._keep(tickets, batch, {"o": half.a, "qkv": half.qkv, "attention": half.o, "lse": half.lse})
         x1, dtype = half.x1, half.h.dtype
         del half
         d = self._kept(tickets, batch, "down")
         if d is None:
-            d, c_d = self._mlp(self._pieces.norms.rms(x1, self._norms.mlp_before, self._shape.eps, dtype), batch, tickets, first)
+            more = self.groups["gate_up"].more
+            d, c_d = self._mlp(self._pieces.norms.rms(x1, self._norms.mlp_before, self._shape.eps, dtype, more), batch, tickets, first)
         else:
             c_d = self._get(tickets, batch, "c_d")
         return self._pieces.norms.rms_residual(d, x1, self._norms.mlp_after, self._shape.eps, c_d)  # type: ignore[no-any-return]
@@ -130,13 +130,14 @@ class Layer(nn.Module):
     def _mlp(self, h: Tensor, batch: Batch, tickets: dict[str, Ticket | None] | None, first: bool) -> tuple[Tensor, Tensor]:
         """down's output [T, H], scaled by c [T]."""
         into, down = self.groups["gate_up"], self.groups["down"]
-        w_into, w_down = into.dequantized(), down.dequantized()
-        d, c_d = torch.empty_like(h), h.new_empty(len(h), dtype=_wide(h.dtype))
+        m_into, m_down = into.matrix(), down.matrix()
+        d, c_d = h.new_empty(len(h), down.out), h.new_empty(len(h), dtype=_wide(h.dtype))
         gates = []
         for rows in self._tiles(len(h)):
-            gu, _ = self._product(into, h[rows], w_into)
-            p, c_d[rows] = self._pieces.geglu.geglu(gu, down.bound)
-            d[rows] = self._product(down, p, w_down)[0]
+            gu = h.new_empty(rows.stop - rows.start, into.out + into.more)
+            self._product(into, h[rows], m_into, gu)
+            p, c_d[rows] = self._pieces.geglu.geglu(gu, down.bound, down.wide, down.more)
+            self._product(down, p, m_down, d[rows])
             if first and "gate_up" in batch.kept.get(self.number, {}):
                 gates.append(gu)
         if first:
@@ -151,17 +152,22 @@ class Layer(nn.Module):
         found: dict[str, list[Gradients | None]] = {}
         self._mlp_backward(half, dx, batch, tickets, found)
         norms, ops, eps = self._norms, self._pieces, self._shape.eps
-        out, qkv = self.groups["o"], self.groups["qkv"]
-        da = ops.norms.rms_residual_backward(dx, half.a, norms.after, eps, half.c)
-        do, found["o"] = self._gradients(out, da, half.saved.out, half.xa_o, out.dequantized(), ops.rest.column_dot(da, half.a))
-        del da
+        out, into = self.groups["o"], self.groups["qkv"]
+        da = ops.norms.rms_residual_backward(dx, half.a, norms.after, eps, half.c, out.more)
+        matrix = out.matrix()
+        if tickets.get("o") is not None:
+            out.reduce(half.o, matrix)
+        do, found["o"] = self._gradients(out, da, half.o, matrix, ops.rest.column_dot(da, half.a))
+        del da, matrix
         way = batch.far if self.far else batch.near
         self.counts["attention backward"] += 1
-        dq, dk, dv = way.attention.backward(do, half.saved, half.c, half.q, half.k, half.v)
-        dy = ops.norms.turn_backward(dq, dk, dv, half.qkv, norms.q, norms.k, way.cos, way.sin, self._shape.heads, eps)
+        dq, dk, dv = way.attention.backward(do, half.o, half.lse, half.c, half.q, half.k, half.v)
+        dy = ops.norms.turn_backward(dq, dk, dv, half.qkv, norms.q, norms.k, way.cos, way.sin, self._shape.heads, eps, into.more)
         del do, dq, dk, dv
-        sums = ops.rest.column_dot(dy, half.qkv)
-        dh, found["qkv"] = self._gradients(qkv, dy, half.h, half.xa_qkv, qkv.dequantized(), sums, into=half.h)
+        matrix = into.matrix()
+        if tickets.get("qkv") is not None:
+            into.reduce(half.h, matrix)
+        dh, found["qkv"] = self._gradients(into, dy, half.h, matrix, ops.rest.column_dot(dy, half.qkv), into=half.h)
         if needs_dx:
             ops.norms.rms_backward_(dh, x, norms.before, eps, dx)
         return [value for name in self.groups for one in found[name] if one for value in one if value is not None]
@@ -172,18 +178,27 @@ class Layer(nn.Module):
         """Tile by tile: recompute, gradients of down, of geglu, of gate and up; dx takes what reaches x1."""
         into, down, norms, eps = self.groups["gate_up"], self.groups["down"], self._norms, self._shape.eps
         ops = self._pieces
-        h = ops.norms.rms(half.x1, norms.mlp_before, eps, half.h.dtype)
+        h = ops.norms.rms(half.x1, norms.mlp_before, eps, half.h.dtype, into.more)
         kept_d, kept_gu = self._kept(tickets, batch, "down"), self._kept(tickets, batch, "gate_up")
-        w_into, w_down = into.dequantized(), down.dequantized()
+        m_into, m_down = into.matrix(), down.matrix()
         for rows in self._tiles(len(h)):
-            gu, xa_h = self._product(into, h[rows], w_into) if kept_gu is None else (kept_gu[rows], into.reduced(h[rows]))
-            p, c = ops.geglu.geglu(gu, down.bound)
-            d, xa_p = self._product(down, p, w_down) if kept_d is None else (kept_d[rows], down.reduced(p))
-            dd = ops.norms.rms_residual_backward(dx[rows], d, norms.mlp_after, eps, c)
-            dp, of_down = self._gradients(down, dd, p, xa_p, w_down, ops.rest.column_dot(dd, d), into=p)
+            if kept_gu is None:
+                gu = h.new_empty(rows.stop - rows.start, into.out + into.more)
+                self._product(into, h[rows], m_into, gu)
+            else:
+                gu = kept_gu[rows]
+                into.reduce(h[rows], m_into)
+            p, c = ops.geglu.geglu(gu, down.bound, down.wide, down.more)
+            if kept_d is None:
+                d = self._product(down, p, m_down)
+            else:
+                d = kept_d[rows]
+                down.reduce(p, m_down)
+            dd = ops.norms.rms_residual_backward(dx[rows], d, norms.mlp_after, eps, c, down.more)
+            dp, of_down = self._gradients(down, dd, p, m_down, ops.rest.column_dot(dd, d), into=p)
             del d, dd
             sums = ops.geglu.geglu_backward_(dp, gu, c)
-            dh, of_into = self._gradients(into, gu, h[rows], xa_h, w_into, sums, into=h[rows])
+            dh, of_into = self._gradients(into, gu, h[rows], m_into, sums, into=h[rows])
             ops.norms.rms_backward_(dh, half.x1[rows], norms.mlp_before, eps, dx[rows])
             _add(found, "down", of_down)
             _add(found, "gate_up", of_into)
@@ -191,41 +206,36 @@ class Layer(nn.Module):
     def _attend(self, x: Tensor, batch: Batch, tickets: dict[str, Ticket | None] | None) -> _Half:
         shape, norms, ops = self._shape, self._norms, self._pieces
         way, out, into = batch.far if self.far else batch.near, self.groups["o"], self.groups["qkv"]
-        h = ops.norms.rms(x, norms.before, shape.eps, into.dtype)
+        h = ops.norms.rms(x, norms.before, shape.eps, into.dtype, into.more)
         qkv = self._kept(tickets, batch, "qkv")
         if qkv is None:
-            qkv, xa_qkv = self._product(into, h, into.dequantized())
-        else:
-            xa_qkv = into.reduced(h)
-        q, k = ops.norms.turn(qkv, norms.q, norms.k, way.cos, way.sin, shape.heads, shape.eps)
-        v = qkv[:, -shape.heads[0] * shape.wide :].unflatten(1, (shape.heads[0], shape.wide)).transpose(0, 1)
-        saved = self._saved(tickets, batch)
-        if saved is None:
+            qkv = self._product(into, h, into.matrix())
+        q, k, v = ops.norms.turn(qkv, norms.q, norms.k, way.cos, way.sin, shape.heads, shape.eps)
+        o, lse = self._kept(tickets, batch, "attention"), self._kept(tickets, batch, "lse")
+        if o is None or lse is None:
             self.counts["attention forward"] += 1
             saved = way.attention.forward(q, k, v)
-            c = ops.rest.scale_rows(saved.out, out.bound)
+            lse, (o, c) = saved.lse, ops.rest.merge(saved.out, out.bound, out.more)
+            del saved
         else:
-            # The kept output was scaled in place; c is what the same rule says of the norm behind it.
             c = self._get(tickets, batch, "c")
         if tickets is not None and not tickets:
             tickets["c"] = Ticket(c, None, None)
         a = self._kept(tickets, batch, "o")
         if a is None:
-            a, xa_o = self._product(out, saved.out, out.dequantized())
-        else:
-            xa_o = out.reduced(saved.out)
+            a = self._product(out, o, out.matrix())
         x1 = ops.norms.rms_residual(a, x, norms.after, shape.eps, c)
-        return _Half(h, qkv, xa_qkv, q, k, v, saved, c, a, xa_o, x1)
+        return _Half(h, qkv, q, k, v, o, lse, c, a, x1)
 
-    def _product(self, group: Group, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    def _product(self, group: Group, x: Tensor, matrix: Tensor, into: Tensor | None = None) -> Tensor:
         self.counts["linear forward"] += len(group.weights)
-        return group.forward(x, w)
+        return group.forward(x, matrix, into)
 
     def _gradients(
-        self, group: Group, dy: Tensor, x: Tensor, xa: Tensor, w: Tensor, sums: Tensor, *, into: Tensor | None = None
+        self, group: Group, dy: Tensor, x: Tensor, matrix: Tensor, sums: Tensor, *, into: Tensor | None = None
     ) -> tuple[Tensor, list[Gradients | None]]:
         self.counts["linear backward"] += len(group.weights)
-        return group.backward(dy, x, xa, w, sums, into=into)
+        return group.backward(dy, x, matrix, sums, into=into)
 
     def _tiles(self, tokens: int) -> Iterator[slice]:
         return (slice(start, min(start + self._shape.tile, tokens)) for start in range(0, tokens, self._shape.tile))
@@ -246,10 +256,6 @@ class Layer(nn.Module):
         ticket = (tickets or {}).get(name)
         return None if ticket is None else batch.waiting.get(ticket)
 
-    def _saved(self, tickets: dict[str, Ticket | None] | None, batch: Batch) -> Saved | None:
-        out, lse = (self._kept(tickets, batch, name) for name in ("attention", "lse"))
-        return None if out is None or lse is None else Saved(out, lse)
-
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
@@ -262,7 +268,7 @@ def _add(found: dict[str, list[Gradients | None]], name: str, more: list[Gradien
         return
     for have, new in zip(found[name], more, strict=True):
         for total, part in zip(have or (), new or (), strict=True):
-            if total is not None:
+            if total is not None and part is not None:
                 total += part
 
 

@@ -44,7 +44,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         lift = LIFT if weight.dtype == torch.float16 else 1.0
         grad = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for places, wanted in zip(supervised.split(ops.LOSS_ROWS), targets.split(ops.LOSS_ROWS), strict=True):
+        for start in range(0, len(supervised), ops.LOSS_ROWS):
+            places, wanted = (some[start : start + ops.LOSS_ROWS] for some in (supervised, targets))
             logits = _product(rows.index_select(0, places).to(weight.dtype), weight.t())
             losses, share = ops.softmax_share(logits, wanted, lift, weight.dtype)
             total += losses.sum()

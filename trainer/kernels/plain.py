@@ -1,7 +1,7 @@
 """What fused.py does in Triton, said in plain torch: the specification, the CPU's way, and what a piece that is "stock" runs.
 
 Every function stands in both modules under the same name with the same arguments. Arithmetic is float32 (float64 stays) whatever the
-inputs are; `like` dtypes are those of the 16-bit operands. Legend of suffixes: T tokens, H hidden, I intermediate, K heads of keys and
+inputs are. `more` asks for so many further columns behind a result, unwritten: dora.py puts X A^T and P there. Legend of suffixes: T tokens, H hidden, I intermediate, K heads of keys and
 values, G query heads of each, D width of a head, O rows of a weight.
 
 RMSNorm here is Gemma's, y = x * rstd * (1 + w) with rstd = (mean(x^2) + eps)^(-1/2) (arXiv 1910.07467; Gemma 3 report, arXiv
@@ -32,9 +32,9 @@ def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
     out_OI.copy_((weight.table[pairs] * scale.view(-1, 1)).view(out_OI.shape))
 
 
-def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype, more: int = 0) -> Tensor:
     """Norm of the residual [T, H], in dtype."""
-    return (x_TH * _rstd(x_TH, eps)[:, None] * (1 + w_H.to(x_TH.dtype))).to(dtype)
+    return _widened(x_TH * _rstd(x_TH, eps)[:, None] * (1 + w_H.to(x_TH.dtype)), dtype, more)
 
 
 def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, dx_TH: Tensor) -> None:
@@ -48,23 +48,22 @@ def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tenso
     return x_TH + wide * _rstd(wide, eps * c_T.square())[:, None] * (1 + w_H.to(x_TH.dtype))
 
 
-def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor) -> Tensor:
+def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, eps: float, c_T: Tensor, more: int = 0) -> Tensor:
     """Gradient of the scaled branch's output a, in a's dtype."""
     wide = a_TH.to(dx_TH.dtype)
-    return _norm_backward(dx_TH, wide, w_H, _rstd(wide, eps * c_T.square())).to(a_TH.dtype)
+    return _widened(_norm_backward(dx_TH, wide, w_H, _rstd(wide, eps * c_T.square())), a_TH.dtype, more)
 
 
 def turn(
     qkv_TO: Tensor, q_w_D: Tensor, k_w_D: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: tuple[int, int], eps: float
-) -> tuple[Tensor, Tensor]:
-    """q [K, T, G, D] and k [K, T, D] from the projections' output [T, (K G + 2 K) D]: RMSNorm over a head, then rotation.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [K, T, G, D], k and v [K, T, D] from the projections' output [T, (K G + 2 K) D]: RMSNorm over a head of q and k, then rotation.
 
     cos, sin: [T, D / 2] float32 (RoFormer, arXiv 2104.09864, section 3.4.2, in the half-split form). heads: (K, G).
     """
-    q, k, _ = _heads(qkv_TO, heads)
-    return _turned(q, q_w_D, cos_TD, sin_TD, eps).to(qkv_TO.dtype).contiguous(), _turned(k, k_w_D, cos_TD, sin_TD, eps)[:, :, 0].to(
-        qkv_TO.dtype
-    ).contiguous()
+    q, k, v = _heads(qkv_TO, heads)
+    turned = (_turned(q, q_w_D, cos_TD, sin_TD, eps), _turned(k, k_w_D, cos_TD, sin_TD, eps)[:, :, 0], v[:, :, 0])
+    return tuple(part.to(qkv_TO.dtype).contiguous() for part in turned)  # type: ignore[return-value]
 
 
 def turn_backward(
@@ -78,6 +77,7 @@ def turn_backward(
     sin_TD: Tensor,
     heads: tuple[int, int],
     eps: float,
+    more: int = 0,
 ) -> Tensor:
     """Gradient [T, O] of the projections' output, in its dtype."""
     q, k, _ = _heads(qkv_TO, heads)
@@ -87,44 +87,45 @@ def turn_backward(
         _wide(dv_KTD)[:, :, None],
     ]
     tokens = len(qkv_TO)
-    return torch.cat([part.permute(1, 0, 2, 3).reshape(tokens, -1) for part in parts], 1).to(qkv_TO.dtype)
+    return _widened(torch.cat([part.permute(1, 0, 2, 3).reshape(tokens, -1) for part in parts], 1), qkv_TO.dtype, more)
 
 
-def scale_rows(o_TO: Tensor, bound: Tensor) -> Tensor:
-    """Multiply rows of the next product's input by c [T], in place, and return c.
+def merge(o_KTGD: Tensor, bound: Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention's output as the next product's input c * o [T, K G D], and c [T].
 
     bound: scalar, the largest row norm of that product's matrix: |row . x| <= bound |x| (Cauchy-Schwarz). c is 1 or the power of
     two that keeps this below SAFE, so that float16 cannot overflow; the norm behind the product takes it out again, exactly.
     """
-    c = _c(_wide(o_TO).square().sum(1), bound)
-    o_TO.mul_(c.to(o_TO.dtype)[:, None])
-    return c
+    o_TO = _wide(o_KTGD).permute(1, 0, 2, 3).reshape(o_KTGD.shape[1], -1)
+    c = _c(o_TO.square().sum(1), bound)
+    return _widened(o_TO * c[:, None], o_KTGD.dtype, more), c
 
 
-def geglu(gu_TI: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """c * gelu(gate) * up [T, I] from both side by side [T, 2 I], gelu by tanh (arXiv 1606.08415, section 2); c as in scale_rows."""
-    gate, up = _wide(gu_TI).chunk(2, 1)
+def geglu(gu_TI: Tensor, bound: Tensor, columns: int, more: int = 0) -> tuple[Tensor, Tensor]:
+    """c * gelu(gate) * up [T, I] from both side by side [T, 2 I (and more)], gelu by tanh (arXiv 1606.08415, section 2); c as in merge."""
+    gate, up = _wide(gu_TI[:, : 2 * columns]).chunk(2, 1)
     product = gate * torch.sigmoid(2 * _inner(gate)) * up
     c = _c(product.square().sum(1), bound)
-    return (product * c[:, None]).to(gu_TI.dtype), c
+    return _widened(product * c[:, None], gu_TI.dtype, more), c
 
 
 def geglu_backward_(dp_TI: Tensor, gu_TI: Tensor, c_T: Tensor) -> Tensor:
     """Gradient of gate and up in their own place; returns column sums [2 I] of gradient times value, for DoRA's m."""
-    gate, up = _wide(gu_TI).chunk(2, 1)
+    values = _wide(gu_TI[:, : 2 * dp_TI.shape[1]])
+    gate, up = values.chunk(2, 1)
     dp = _wide(dp_TI) * c_T[:, None]
     share = torch.sigmoid(2 * _inner(gate))
     slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate.square())
     d_gate, d_up = dp * up * (share + gate * share * (1 - share) * slope), dp * gate * share
     both = torch.cat((d_gate, d_up), 1)
-    sums = (both * _wide(gu_TI)).sum(0)
-    gu_TI.copy_(both)
+    sums = (both * values).sum(0)
+    gu_TI[:, : both.shape[1]].copy_(both)
     return sums
 
 
 def column_dot(dy_TO: Tensor, y_TO: Tensor) -> Tensor:
-    """sum over tokens of dy * y, [O] float32."""
-    return (_wide(dy_TO) * _wide(y_TO)).sum(0)
+    """sum over tokens of dy * y, [O] float32; dy may have more columns."""
+    return (_wide(dy_TO[:, : y_TO.shape[1]]) * _wide(y_TO)).sum(0)
 
 
 def pack(x_TH: Tensor, out_TH: Tensor) -> Tensor:
@@ -154,11 +155,11 @@ def softmax_share(logits_NV: Tensor, targets_N: Tensor, lift: float, dtype: torc
 
 
 def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """From gradient and value of the scaled attention output [T, K G D]: c * gradient as [K, T, G, D], and delta [K, T, G], the row
-    sums of gradient times value that softmax's backward needs (arXiv 2307.08691, section 2.3.2; c cancels)."""
+    """From gradient and value of the scaled attention output [T, K G D (o: and more)]: c * gradient as [K, T, G, D], and delta
+    [K, T, G], the row sums of gradient times value that softmax's backward needs (arXiv 2307.08691, section 2.3.2; c cancels)."""
     kv, group = heads
     shape = (len(do_TO), kv, group, -1)
-    delta = (_wide(do_TO) * _wide(o_TO)).view(shape).sum(3).permute(1, 0, 2).contiguous()
+    delta = (_wide(do_TO) * _wide(o_TO[:, : do_TO.shape[1]])).view(shape).sum(3).permute(1, 0, 2).contiguous()
     grad = (_wide(do_TO) * c_T[:, None]).to(do_TO.dtype).view(shape)
     return grad.permute(1, 0, 2, 3).contiguous(), delta
 
@@ -189,6 +190,15 @@ def softmax_backward(
 def _wide(x: Tensor) -> Tensor:
     """At least float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _widened(x: Tensor, dtype: torch.dtype, more: int) -> Tensor:
+    """x in dtype with `more` columns behind it that nobody has written yet."""
+    if not more:
+        return x.to(dtype)
+    out = x.new_empty(len(x), x.shape[1] + more, dtype=dtype)
+    out[:, : x.shape[1]] = x
+    return out
 
 
 def _rstd(x: Tensor, eps: float | Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from trainer.backends import unsloth as unsloth_wall
 from trainer.config import Config
 from trainer.errors import ConfigError, MachineError
 from trainer.kernels import loss, stack
-from trainer.planner import ours
+from trainer.planner import ours, standing
 from trainer.training.batches import Example, Packed, Row, packed, padded, row
 
 
@@ -54,8 +54,8 @@ def installed(cfg: Config, model: Any) -> stack.Stack:
         kernels=cfg.kernels,
         dtype=getattr(torch, cfg.model.dtype),
         scale=cfg.adapter.scale,
-        max_tokens=ours.tokens(cfg),
-        kept=ours.kept(cfg, size),
+        max_tokens=standing.tokens(cfg),
+        kept={layer: dict(names) for layer, names in ours.kept(cfg, size).items()},
     )
     return stack.install(model, size, settings)
 
