@@ -50,6 +50,7 @@ def dequantize_kernel(
     out,
     num_bytes,
     columns,
+    stride,
     NESTED: tl.constexpr,
     GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
