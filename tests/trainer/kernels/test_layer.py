@@ -63,9 +63,9 @@ def test_loud_activations_are_loud() -> None:
     toy = Toy(reduced("12b", 256), torch.float64, loud=LOUD)
     seen: list[float] = []
 
-    def geglu(gu: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        p, c = plain.geglu(gu, bound)
-        seen.extend([float((p / c[:, None]).abs().max()), float(c.min())])
+    def geglu(gu: torch.Tensor, bound: torch.Tensor, columns: int, more: int) -> tuple[torch.Tensor, torch.Tensor]:
+        p, c = plain.geglu(gu, bound, columns, more)
+        seen.extend([float((p[:, :columns] / c[:, None]).abs().max()), float(c.min())])
         return p, c
 
     model = toy.stack()

@@ -124,7 +124,7 @@ def test_heads_are_normed_and_turned_as_hf_does(dtype: torch.dtype) -> None:
     args = [value.to(wide) for value in (q_w, k_w, cos, sin)]
     found = plain.turn(qkv.to(dtype), *args, HEADS, EPS)
     wanted = turned(qkv, q_w, k_w, cos, sin)
-    for have, want in zip(found, wanted[:2], strict=True):
+    for have, want in zip(found, wanted, strict=True):
         assert have.dtype == dtype and have.is_contiguous() and error(have, want) <= tolerance(dtype)
     assert error(found[0], turned(qkv, q_w, k_w, cos, -sin)[0]) > 10 * tolerance(dtype)  # sentinel: the direction
 
@@ -156,7 +156,7 @@ def gelu(x: Tensor) -> Tensor:
 @DTYPES
 def test_geglu_is_gelu_by_tanh_times_up(dtype: torch.dtype) -> None:
     gu = made(TOKENS, 2 * 80, seed=1, spread=2).to(dtype)
-    found, c = plain.geglu(gu, torch.tensor(1.0))
+    found, c = plain.geglu(gu, torch.tensor(1.0), 80)
     gate, up = gu.double().chunk(2, 1)
     assert torch.equal(c, torch.ones_like(c)) and error(found, gelu(gate) * up) <= tolerance(dtype)
     torch.testing.assert_close(gelu(gate), torch.nn.functional.gelu(gate, approximate="tanh"))
@@ -186,24 +186,44 @@ def test_no_product_of_geglu_or_attention_overflows_float16() -> None:
     gate, up = gu.double().chunk(2, 1)
     exact = gelu(gate) * up
     assert float(exact.abs().max()) > 65504
-    p, c = plain.geglu(gu, bound)
+    p, c = plain.geglu(gu, bound, 80)
     assert bool(p.isfinite().all()) and float((p.double() @ w.t()).abs().max()) <= plain.SAFE * 1.01
     assert torch.equal(torch.exp2(torch.log2(c).round()), c) and float(c.min()) < 1
     assert error(p / c.double()[:, None], exact) <= 2**-10
-    o = gu[:, :80].clone()
-    before, c_o = o.clone(), plain.scale_rows(o, bound)
-    assert torch.equal(o.double(), before.double() * c_o.double()[:, None]), "a power of two costs no digit"
+    before = gu[:, :80].reshape(TOKENS, 2, 2, 20)
+    o, c_o = plain.merge(before.transpose(0, 1), bound)
+    assert torch.equal(o.double(), before.flatten(1).double() * c_o.double()[:, None]), "a power of two costs no digit"
     assert float((o.double() @ w.t()).abs().max()) <= plain.SAFE * 1.01
 
 
 def test_a_row_that_is_safe_keeps_its_bits_and_a_row_of_zeros_its_scale() -> None:
-    o = made(TOKENS, 80, seed=1).half()
-    o[3] = 0
-    before = o.clone()
-    assert torch.equal(plain.scale_rows(o, torch.tensor(10.0)), torch.ones(TOKENS)) and torch.equal(o, before)
-    largest = torch.full((1, 64), 500.0)  # its norm is 4000: times 8.192 exactly SAFE
-    for bound, c in ((8.19, 1.0), (8.2, 0.5), (16.39, 0.25)):
-        assert plain.scale_rows(largest.clone(), torch.tensor(bound)).tolist() == [c]
+    o = made(1, TOKENS, 1, 80, seed=1).half()
+    o[:, 3] = 0
+    found, c = plain.merge(o, torch.tensor(10.0))
+    assert torch.equal(c, torch.ones(TOKENS)) and torch.equal(found, o[0, :, 0])
+    largest = torch.full((1, 1, 1, 64), 500.0)  # its norm is 4000: times 8.192 exactly SAFE
+    for bound, wanted in ((8.19, 1.0), (8.2, 0.5), (16.39, 0.25)):
+        assert plain.merge(largest, torch.tensor(bound))[1].tolist() == [wanted]
+
+
+def test_further_columns_are_left_for_the_adapter() -> None:
+    """Every function with `more` gives the same in its own columns and makes so many behind them."""
+    x, w, c = made(TOKENS, 96, seed=1).float(), made(96, seed=2).float(), torch.ones(TOKENS)
+    o, gu = made(2, TOKENS, 3, 16, seed=3).float(), made(TOKENS, 2 * 80, seed=4).float()
+    qkv, (cos, sin) = made(TOKENS, 10 * 16, seed=5).float(), (one.float() for one in rotation())
+    turned = plain.turn(qkv, w[:16], w[:16], cos, sin, HEADS, EPS)
+    for call in (
+        lambda more: plain.rms(x, w, EPS, torch.float32, more),
+        lambda more: plain.rms_residual_backward(x, x, w, EPS, c, more),
+        lambda more: plain.merge(o, torch.tensor(1.0), more)[0],
+        lambda more: plain.geglu(gu, torch.tensor(1.0), 80, more)[0],
+        lambda more: plain.turn_backward(*turned, qkv, w[:16], w[:16], cos, sin, HEADS, EPS, more),
+    ):
+        without, with_more = call(0), call(7)
+        assert with_more.shape == (TOKENS, without.shape[1] + 7) and torch.equal(with_more[:, :-7], without)
+    beside = made(TOKENS, 7, seed=6).float()
+    assert torch.equal(plain.geglu(torch.cat((gu, beside), 1), torch.tensor(1.0), 80)[0], plain.geglu(gu, torch.tensor(1.0), 80)[0])
+    assert torch.equal(plain.column_dot(torch.cat((x, beside), 1), x), plain.column_dot(x, x))
 
 
 def test_column_dot_sums_over_tokens() -> None:
