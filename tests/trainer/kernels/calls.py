@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer import gemma3
 from trainer.kernels.nf4 import Nested, Nf4
 
-EPS, MORE = 1e-6, 24
+EPS, MORE = 1e-6, 64
 """MORE: columns behind a result that its function leaves unwritten."""
 Call = Callable[[ModuleType, "Make"], tuple[Tensor, ...]]
 
@@ -178,7 +178,7 @@ def _softmax_backward(ops: ModuleType, make: Make) -> tuple[Tensor, ...]:
     group, t0, lo = make.heads[1], 16, 11
     rows, keys = (make.tokens - t0) * group, make.tokens - lo
     s, dp = make.wide(2, rows, keys, spread=20), make.wide(2, rows, keys)
-    lse, delta = (make.wide(3, make.tokens * group)[1:, t0 * group :] + 5 * more for more in (1, 0))
+    lse, delta = ((make.wide(3, make.tokens * group) + 5 * more)[1:, t0 * group :] for more in (1, 0))
     first = (torch.arange(make.tokens) - 8).clamp_min(0).int().to(make.device)
     return tuple(ops.softmax_backward(s, dp, lse, delta, first, 0.06, (t0, lo, group), make.dtype))
 

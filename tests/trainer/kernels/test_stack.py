@@ -343,7 +343,7 @@ def test_such_tensors_would_be_seen() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("span", "tile"), [(1, 4096), (2, 128)])
-def test_on_a_card_offload_spans_tiles_and_kept_outputs_change_no_bit(span: int, tile: int, kept: str) -> None:
+def test_on_a_card_offload_spans_tiles_and_kept_outputs_change_nothing(span: int, tile: int, kept: str) -> None:
     """Inputs wait in pinned memory in 16 bits, so what is kept, where, is compared with a recompute from the same."""
     from trainer.kernels import fused
 
@@ -400,6 +400,10 @@ def test_on_a_card_the_tiny_model_is_near_peft_in_float32(
     chosen = there.cfg.kernels.model_copy(update={"layer": "ours"})
     settings = stack.Settings(chosen, getattr(torch, dtype), there.cfg.adapter.scale, 256, {})
     installed = stack.install(model, there.size, settings)
+    first = {name: one.data for name, one in tiny.model().named_parameters() if "lora_A" in name}  # a card's random numbers are others
+    for name, parameter in model.named_parameters():
+        if name in first:
+            parameter.data.copy_(first[name])
     train(model, installed)
     batch = models.moved(models.packed_tensors(rows()), torch.device("cuda"))
     found = step(model, batch, installed.hidden)
