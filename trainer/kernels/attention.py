@@ -31,7 +31,8 @@ from torch.nn import functional
 BLOCK_TOKENS = 512
 """Queries of a block of the banded backward."""
 ALIGN = 8
-"""cuBLAS takes tensor cores' fast kernels only where rows of 16-bit values begin on 16 bytes: a band of 1,535 keys took 3 times as long as one of 1,536 (H100)."""
+"""cuBLAS takes tensor cores' fast kernels only where rows of 16-bit values begin on 16 bytes:
+a band of 1,535 keys took 3 times as long as one of 1,536 (H100)."""
 BAND_BYTES = 256 * 1024**2
 """Bound of a block's scores in all four forms; fewer heads at a time keep it."""
 
@@ -135,7 +136,7 @@ class Sdpa:
 
     def _output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.permute(0, 2, 1, 3).flatten(0, 1)[None]
-        out = torch.nn.functional.scaled_dot_product_attention(
+        out: Tensor = torch.nn.functional.scaled_dot_product_attention(
             heads, k[None], v[None], attn_mask=self._mask, scale=self._scale, enable_gqa=True
         )
         return out[0].unflatten(0, q.shape[0:3:2]).transpose(1, 2)

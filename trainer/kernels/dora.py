@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,12 +220,12 @@ def _(
     return torch.empty_like(dy), torch.empty_like(x), torch.empty_like(a_RI), torch.empty_like(b_OR), torch.empty_like(m_O)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, x, a_RI, b_OR, m_O, n_O, ctx.scale = inputs
     ctx.save_for_backward(output, x, a_RI, b_OR, m_O, n_O)
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     y, x, a_RI, b_OR, m_O, n_O = ctx.saved_tensors
     return (*dora_backward(dy.contiguous(), y, x, a_RI, b_OR, m_O, n_O, ctx.scale), None, None)
 

@@ -15,46 +15,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.kernels import fused_softmax
+from trainer.kernels.fused_softmax import LOSS_ROWS, softmax_backward, softmax_share
 from trainer.kernels.nf4 import Nf4
+
+__all__ = [
+    "LOSS_ROWS", "column_dot", "dequantize", "geglu", "geglu_backward_", "kernels", "merge", "pack", "regroup", "rms", "rms_backward_",
+    "rms_residual", "rms_residual_backward", "row_norms", "softmax_backward", "softmax_share", "turn", "turn_backward", "unpack",
+]  # fmt: skip
 
 _ROWS = 64
 """Rows of a partial column sum."""
 
 
 @triton.jit
-def _pow2_floor(x):  # type: ignore[no-untyped-def]
+def _pow2_floor(x):
     """The largest power of two <= x, exactly: the exponent's bits alone. x > 0 and normal."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _row_scale(squares, bound):  # type: ignore[no-untyped-def]
+def _row_scale(squares, bound):
     norm = tl.maximum(bound * tl.sqrt(squares), 1e-30)
     return tl.minimum(_pow2_floor(32768.0 / norm), 1.0)
 
 
 @triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
+def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def dequantize_kernel(
-    codes,
-    absmax,
-    table,
-    nested_table,
-    nested_scales,
-    offset,
-    gain,
-    out,
-    num_bytes,
-    columns,
-    stride,
-    NESTED: tl.constexpr,
-    GAIN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+    codes, absmax, table, nested_table, nested_scales, offset, gain, out, num_bytes, columns, stride,
+    NESTED: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_bytes
     pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
@@ -77,7 +72,7 @@ def dequantize_kernel(
 def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
     assert out_OI.stride(1) == 1 and out_OI.shape == weight.shape
     num, nested = weight.codes.numel(), weight.nested
-    table, scales, offset = nested if nested else (weight.table, weight.table, weight.table)
+    table, scales, offset = nested or (weight.table, weight.table, weight.table)
     gain = weight.table if gain_O is None else gain_O
     dequantize_kernel[(triton.cdiv(num, 1024),)](
         weight.codes, weight.absmax, weight.table, table, scales, offset, gain, out_OI, num, weight.shape[1], out_OI.stride(0),
@@ -86,7 +81,7 @@ def dequantize(weight: Nf4, gain_O: Tensor | None, out_OI: Tensor) -> None:
 
 
 @triton.jit
-def rms_kernel(x, w, y, columns, stride, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_kernel(x, w, y, columns, stride, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -103,7 +98,7 @@ def rms(x_TH: Tensor, w_H: Tensor, eps: float, dtype: torch.dtype, more: int = 0
 
 
 @triton.jit
-def rms_backward_kernel(dy, x, w, dx, columns, stride, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_backward_kernel(dy, x, w, dx, columns, stride, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -124,7 +119,7 @@ def rms_backward_(dy_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, dx_TH: T
 
 
 @triton.jit
-def rms_residual_kernel(a, x, w, c, out, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_residual_kernel(a, x, w, c, out, columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -143,7 +138,7 @@ def rms_residual(a_TH: Tensor, x_TH: Tensor, w_H: Tensor, eps: float, c_T: Tenso
 
 
 @triton.jit
-def rms_residual_backward_kernel(dx, a, w, c, da, columns, stride, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def rms_residual_backward_kernel(dx, a, w, c, da, columns, stride, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -166,7 +161,7 @@ def rms_residual_backward(dx_TH: Tensor, a_TH: Tensor, w_H: Tensor, eps: float, 
 
 
 @triton.jit
-def turn_kernel(qkv, q_w, k_w, cos, sin, q, k, v, tokens, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def turn_kernel(qkv, q_w, k_w, cos, sin, q, k, v, tokens, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, HALF)
     source = qkv + row * (KV * (GROUP + 2) * 2 * HALF) + head * 2 * HALF + at
@@ -204,8 +199,8 @@ def turn(
 
 @triton.jit
 def turn_backward_kernel(
-    dq, dk, dv, qkv, q_w, k_w, cos, sin, out, tokens, stride, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr
-):  # type: ignore[no-untyped-def]
+    dq, dk, dv, qkv, q_w, k_w, cos, sin, out, tokens, stride, eps, KV: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, HALF)
     to = row * stride + head * 2 * HALF + at
@@ -247,19 +242,9 @@ def turn_backward(
 
 @triton.jit
 def merge_kernel(
-    o,
-    bound,
-    out,
-    c,
-    stride,
-    kv_stride,
-    token_stride,
-    group_stride,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDE: tl.constexpr,
+    o, bound, out, c, stride, kv_stride, token_stride, group_stride, COLUMNS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     head = at // WIDE
@@ -283,7 +268,7 @@ def merge(o_KTGD: Tensor, bound: Tensor, more: int = 0) -> tuple[Tensor, Tensor]
 
 
 @triton.jit
-def geglu_kernel(gu, bound, p, c, columns, gu_stride, p_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def geglu_kernel(gu, bound, p, c, columns, gu_stride, p_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -306,7 +291,7 @@ def geglu(gu_TI: Tensor, bound: Tensor, columns: int, more: int = 0) -> tuple[Te
 
 
 @triton.jit
-def geglu_backward_kernel(dp, gu, c, sums, tokens, columns, dp_stride, gu_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def geglu_backward_kernel(dp, gu, c, sums, tokens, columns, dp_stride, gu_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate_sum, up_sum = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
     for step in range(ROWS):
@@ -340,7 +325,7 @@ def geglu_backward_(dp_TI: Tensor, gu_TI: Tensor, c_T: Tensor) -> Tensor:
 
 
 @triton.jit
-def column_dot_kernel(dy, y, sums, tokens, columns, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def column_dot_kernel(dy, y, sums, tokens, columns, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for step in range(ROWS):
@@ -363,7 +348,7 @@ def column_dot(dy_TO: Tensor, y_TO: Tensor) -> Tensor:
 
 
 @triton.jit
-def pack_kernel(x, out, scale, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def pack_kernel(x, out, scale, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     value = tl.load(x + row * columns + at, mask=at < columns, other=0.0)
@@ -381,7 +366,7 @@ def pack(x_TH: Tensor, out_TH: Tensor) -> Tensor:
 
 
 @triton.jit
-def unpack_kernel(packed, scale, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def unpack_kernel(packed, scale, out, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     value = tl.load(packed + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
@@ -396,7 +381,7 @@ def unpack(packed_TH: Tensor, scale_T: Tensor) -> Tensor:
 
 
 @triton.jit
-def regroup_kernel(grad, o, c, out, delta, tokens, stride, KV: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def regroup_kernel(grad, o, c, out, delta, tokens, stride, KV: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, WIDE)
     place = row * (KV * GROUP * WIDE) + head * WIDE + at
@@ -415,61 +400,7 @@ def regroup(do_TO: Tensor, o_TO: Tensor, c_T: Tensor, heads: tuple[int, int]) ->
 
 
 @triton.jit
-def softmax_backward_kernel(
-    s, dp, lse, delta, first, p, ds, scale, t0, lo, num_rows, num_keys, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    row, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = t0 + row // GROUP
-    key = lo + at
-    place = (head * num_rows + row) * num_keys + at
-    inside = at < num_keys
-    seen = inside & (key <= token) & (key >= tl.load(first + token))
-    number = tl.load(s + place, mask=seen, other=0.0) * scale - tl.load(lse + head * stride + row)
-    prob = tl.where(seen, tl.exp(number), 0.0)
-    grad = prob * (tl.load(dp + place, mask=seen, other=0.0) - tl.load(delta + head * stride + row)) * scale
-    tl.store(p + place, prob.to(p.dtype.element_ty), mask=inside)
-    tl.store(ds + place, grad.to(ds.dtype.element_ty), mask=inside)
-
-
-def softmax_backward(
-    s_BRN: Tensor,
-    dp_BRN: Tensor,
-    lse_BR: Tensor,
-    delta_BR: Tensor,
-    first_T: Tensor,
-    scale: float,
-    rows: tuple[int, int, int],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """lse and delta may be slices of longer rows, with equal strides."""
-    heads, num_rows, num_keys = s_BRN.shape
-    assert lse_BR.stride() == delta_BR.stride() and lse_BR.stride(1) == 1
-    p, ds = torch.empty_like(s_BRN, dtype=dtype), torch.empty_like(s_BRN, dtype=dtype)
-    t0, lo, group = rows
-    softmax_backward_kernel[(num_rows, triton.cdiv(num_keys, 1024), heads)](
-        s_BRN,
-        dp_BRN,
-        lse_BR,
-        delta_BR,
-        first_T,
-        p,
-        ds,
-        scale,
-        t0,
-        lo,
-        num_rows,
-        num_keys,
-        lse_BR.stride(0),
-        GROUP=group,
-        BLOCK=1024,
-        num_warps=4,
-    )
-    return p, ds
-
-
-@triton.jit
-def row_norms_kernel(squares, wa, ba, b, n, scale, num_rows, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def row_norms_kernel(squares, wa, ba, b, n, scale, num_rows, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDE)
     at = row[:, None] * RANK + column[None, :]
@@ -488,43 +419,6 @@ def row_norms(squares_O: Tensor, wa_OR: Tensor, ba_OR: Tensor, b_OR: Tensor, sca
     return n_O
 
 
-@triton.jit
-def softmax_share_kernel(logits, targets, losses, share, lift, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    most = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, columns, BLOCK):  # every lane keeps a maximum and a sum of its own
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * columns + at, mask=at < columns, other=-float("inf"))
-        higher = tl.maximum(most, value)
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(most - safe) + tl.exp(value - safe)
-        most = higher
-    peak = tl.max(most)
-    normaliser = peak + tl.log(tl.sum(total * tl.exp(most - peak)))
-    target = tl.load(targets + row)
-    tl.store(losses + row, normaliser - tl.load(logits + row * columns + target))
-    tl.debug_barrier()
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * columns + at, mask=at < columns, other=0.0)
-        grad = lift * (tl.exp(value - normaliser) - tl.where(at == target, 1.0, 0.0))
-        tl.debug_barrier()  # share lies in the same memory, at half the stride: what is written now has been read by all
-        tl.store(share + row * 2 * columns + at, grad.to(share.dtype.element_ty), mask=at < columns)
-
-
-LOSS_ROWS = 256
-"""Twice plain.py's, in the same memory: gradients are written over the logits that they come from."""
-
-
-def softmax_share(logits_NV: Tensor, targets_N: Tensor, lift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The share is a view of the logits' memory."""
-    num, columns = logits_NV.shape
-    losses, share = logits_NV.new_empty(num), logits_NV.view(dtype)[:, :columns]
-    softmax_share_kernel[(num,)](logits_NV, targets_N, losses, share, lift, columns, BLOCK=4096, num_warps=16)
-    return losses, share
-
-
 def kernels() -> dict[str, Any]:
-    """Every kernel of this module by its name, for the tests that compile them without a card."""
-    return {name: value for name, value in globals().items() if name.endswith("_kernel")}
+    """Every kernel by its name, for the tests that compile them without a card."""
+    return {name: value for name, value in (vars(fused_softmax) | globals()).items() if name.endswith("_kernel")}

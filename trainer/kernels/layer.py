@@ -151,6 +151,7 @@ class Layer(nn.Module):
         half = self._attend(x, batch, tickets)
         found: dict[str, list[Gradients | None]] = {}
         self._mlp_backward(half, dx, batch, tickets, found)
+        batch.waiting.ahead()  # not before: at the MLP's peak there is no room for it
         norms, ops, eps = self._norms, self._pieces, self._shape.eps
         out, into = self.groups["o"], self.groups["qkv"]
         da = ops.norms.rms_residual_backward(dx, half.a, norms.after, eps, half.c, out.more)
@@ -269,7 +270,7 @@ def _add(found: dict[str, list[Gradients | None]], name: str, more: list[Gradien
     for have, new in zip(found[name], more, strict=True):
         for total, part in zip(have or (), new or (), strict=True):
             if total is not None and part is not None:
-                total += part
+                total.add_(part)
 
 
 class Span(torch.autograd.Function):

@@ -112,8 +112,12 @@ class Waiting:
         arrived.record(self._stream)
         self._coming[ticket.host.data_ptr()] = (target, arrived)
 
+    def ahead(self) -> None:
+        """Start bringing back the residual that backward needs next."""
+        self.fetch(self._residuals[-1] if self._residuals else None)
+
     def get(self, ticket: Ticket) -> Tensor:
-        """The tensor; a residual as float32, and the one before it is sent for."""
+        """The tensor; a residual as float32."""
         if ticket.host is None:
             assert ticket.there is not None
             return ticket.there
@@ -122,7 +126,6 @@ class Waiting:
         torch.cuda.current_stream().wait_event(arrived)
         if ticket.scale_T is not None:
             self._residuals.pop()
-            self.fetch(self._residuals[-1] if self._residuals else None)
         return target if ticket.scale_T is None else self._ops.unpack(target, ticket.scale_T)
 
     def _copy(self, host: Tensor, there: Tensor) -> None:

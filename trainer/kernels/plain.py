@@ -1,7 +1,8 @@
 """What fused.py does in Triton, said in plain torch: the specification, the CPU's way, and what a piece that is "stock" runs.
 
 Every function stands in both modules under the same name with the same arguments. Arithmetic is float32 (float64 stays) whatever the
-inputs are. `more` asks for so many further columns behind a result, unwritten: dora.py puts X A^T and P there. Legend of suffixes: T tokens, H hidden, I intermediate, K heads of keys and
+inputs are. `more` asks for so many further columns behind a result, unwritten: dora.py puts X A^T and P there.
+Legend of suffixes: T tokens, H hidden, I intermediate, K heads of keys and
 values, G query heads of each, D width of a head, O rows of a weight.
 
 RMSNorm here is Gemma's, y = x * rstd * (1 + w) with rstd = (mean(x^2) + eps)^(-1/2) (arXiv 1910.07467; Gemma 3 report, arXiv

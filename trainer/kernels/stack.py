@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -67,9 +68,8 @@ class Gradients:
         for parameter, grad in zip(parameters, grads, strict=True):
             host = self._host[parameter]
             assert host is not None
-            if parameter in self._filled:
-                grad = grad + host.to(grad.device, non_blocking=True)
-            host.copy_(grad, non_blocking=True)
+            total = grad + host.to(grad.device, non_blocking=True) if parameter in self._filled else grad
+            host.copy_(total, non_blocking=True)
             self._filled.add(parameter)
         return [None] * len(grads)
 
@@ -165,7 +165,7 @@ class Stack:
     def _batch(self, starts: Sequence[int], trains: bool) -> Batch:
         size, device = self.size, self._embedding.device
         where = attention.documents(starts, device)
-        position = torch.cat([torch.arange(end - start) for start, end in zip(starts, starts[1:], strict=False)])
+        position = torch.cat([torch.arange(end - start) for start, end in pairwise(starts)])
         position = position.to(device, _wide(self._settings.dtype), non_blocking=True)
         scale = size.query_pre_attn_scalar**-0.5
 

@@ -55,7 +55,7 @@ def installed(cfg: Config, model: Any) -> stack.Stack:
         dtype=getattr(torch, cfg.model.dtype),
         scale=cfg.adapter.scale,
         max_tokens=standing.tokens(cfg),
-        kept={layer: dict(names) for layer, names in ours.kept(cfg, size).items()},
+        kept={layer: {str(name): str(where) for name, where in names.items()} for layer, names in ours.kept(cfg, size).items()},
     )
     return stack.install(model, size, settings)
 

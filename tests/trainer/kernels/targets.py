@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer.kernels import fused
+from trainer.kernels import fused, fused_softmax
 
 SHARED_BYTES = 64 * 1024
 """What a T4's multiprocessor has."""
@@ -84,12 +84,21 @@ def _divides(value: Any) -> bool:
 
 def built_for(capability: int, act: Act) -> ModuleType:
     """fused.py once more, its kernels compiled for that card."""
-    spec = importlib.util.spec_from_file_location(f"fused_sm{capability}", Path(fused.__file__))
+    whole, softmax = (_copy(module, capability, act) for module in (fused, fused_softmax))
+    for name in fused.__all__:
+        if hasattr(softmax, name):
+            setattr(whole, name, getattr(softmax, name))
+    return whole
+
+
+def _copy(module: ModuleType, capability: int, act: Act) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_sm{capability}", Path(str(module.__file__)))
     assert spec is not None and spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
-    for name, kernel in copy.kernels().items():
-        setattr(copy, name, Launcher(kernel, capability, act))
+    for name, value in list(vars(copy).items()):
+        if name.endswith("_kernel"):
+            setattr(copy, name, Launcher(value, capability, act))
     return copy
 
 

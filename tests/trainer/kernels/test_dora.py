@@ -94,7 +94,7 @@ def ours(given: Problem) -> Answer:
 
 
 def row_norms(v: Tensor) -> Tensor:
-    return v.norm(dim=1)
+    return v.square().sum(1).sqrt()
 
 
 def reference(

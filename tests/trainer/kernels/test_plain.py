@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def turned(qkv: Tensor, q_w: Tensor, k_w: Tensor, cos: Tensor, sin: Tensor) -> t
         half = torch.cat((-x[..., WIDE // 2 :], x[..., : WIDE // 2]), -1)
         return x * torch.cat((cos, cos), -1)[:, None] + half * torch.cat((sin, sin), -1)[:, None]
 
-    q, k, v = heads.split((kv * group, kv, kv), 1)
+    q, k, v = heads.split((kv * group, kv, kv), 1)  # type: ignore[no-untyped-call]
     q, k = rotated(norm(q, q_w)), rotated(norm(k, k_w))
     return q.view(TOKENS, kv, group, WIDE).transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
@@ -121,8 +122,8 @@ def test_heads_are_normed_and_turned_as_hf_does(dtype: torch.dtype) -> None:
     qkv, q_w, k_w = made(TOKENS, HEADS[0] * (HEADS[1] + 2) * WIDE, seed=1).to(dtype).double(), made(WIDE, seed=2), made(WIDE, seed=3)
     cos, sin = rotation()
     wide = residual_of(dtype)
-    args = [value.to(wide) for value in (q_w, k_w, cos, sin)]
-    found = plain.turn(qkv.to(dtype), *args, HEADS, EPS)
+    args: Any = [value.to(wide) for value in (q_w, k_w, cos, sin)]
+    found = plain.turn(qkv.to(dtype), *args, heads=HEADS, eps=EPS)
     wanted = turned(qkv, q_w, k_w, cos, sin)
     for have, want in zip(found, wanted, strict=True):
         assert have.dtype == dtype and have.is_contiguous() and error(have, want) <= tolerance(dtype)
@@ -134,15 +135,15 @@ def test_gradient_of_the_projections_is_that_of_autograd(dtype: torch.dtype) -> 
     kv, group = HEADS
     qkv = made(TOKENS, kv * (group + 2) * WIDE, seed=1).to(dtype).double().requires_grad_()
     q_w, k_w, (cos, sin) = made(WIDE, seed=2), made(WIDE, seed=3), rotation()
-    grads = [
+    grads: Any = [
         made(*shape, seed=seed).to(dtype)
         for seed, shape in ((4, (kv, TOKENS, group, WIDE)), (5, (kv, TOKENS, WIDE)), (6, (kv, TOKENS, WIDE)))
     ]
     (wanted,) = torch.autograd.grad(turned(qkv, q_w, k_w, cos, sin), qkv, [grad.double() for grad in grads])
-    args = [value.to(residual_of(dtype)) for value in (q_w, k_w, cos, sin)]
-    found = plain.turn_backward(*grads, qkv.detach().to(dtype), *args, HEADS, EPS)
+    args: Any = [value.to(residual_of(dtype)) for value in (q_w, k_w, cos, sin)]
+    found = plain.turn_backward(*grads, qkv.detach().to(dtype), *args, heads=HEADS, eps=EPS)
     assert found.dtype == dtype and error(found, wanted) <= 2 * tolerance(dtype)
-    exchanged = plain.turn_backward(*grads, qkv.detach().to(dtype), args[1], args[0], *args[2:], HEADS, EPS)
+    exchanged = plain.turn_backward(*grads, qkv.detach().to(dtype), args[1], args[0], *args[2:], heads=HEADS, eps=EPS)
     assert error(exchanged, wanted) > 20 * tolerance(dtype)  # sentinel: q's weight is not k's
 
 
@@ -212,13 +213,14 @@ def test_further_columns_are_left_for_the_adapter() -> None:
     o, gu = made(2, TOKENS, 3, 16, seed=3).float(), made(TOKENS, 2 * 80, seed=4).float()
     qkv, (cos, sin) = made(TOKENS, 10 * 16, seed=5).float(), (one.float() for one in rotation())
     turned = plain.turn(qkv, w[:16], w[:16], cos, sin, HEADS, EPS)
-    for call in (
+    calls: list[Callable[[int], Tensor]] = [
         lambda more: plain.rms(x, w, EPS, torch.float32, more),
         lambda more: plain.rms_residual_backward(x, x, w, EPS, c, more),
         lambda more: plain.merge(o, torch.tensor(1.0), more)[0],
         lambda more: plain.geglu(gu, torch.tensor(1.0), 80, more)[0],
         lambda more: plain.turn_backward(*turned, qkv, w[:16], w[:16], cos, sin, HEADS, EPS, more),
-    ):
+    ]
+    for call in calls:
         without, with_more = call(0), call(7)
         assert with_more.shape == (TOKENS, without.shape[1] + 7) and torch.equal(with_more[:, :-7], without)
     beside = made(TOKENS, 7, seed=6).float()
@@ -290,7 +292,8 @@ def test_softmax_backward_is_autograds_under_the_mask(dtype: torch.dtype) -> Non
     wide = residual_of(dtype)
 
     def found(first: Tensor) -> tuple[Tensor, Tensor]:
-        return plain.softmax_backward(*(one.to(wide) for one in (s, dp, lse, delta)), first, scale, (t0, lo, group), dtype)
+        values: Any = [one.to(wide) for one in (s, dp, lse, delta)]
+        return plain.softmax_backward(*values, first_T=first, scale=scale, rows=(t0, lo, group), dtype=dtype)
 
     for have, want in zip(found(first), (p.detach(), wanted), strict=True):
         assert have.dtype == dtype and error(have, want) <= 4 * tolerance(dtype)

@@ -282,11 +282,11 @@ def test_what_our_layer_does_not_know_is_an_error(tiny: Tiny, tiny_config: Calla
 # --- on a card
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Shapes and dtypes of all that any operation of torch returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

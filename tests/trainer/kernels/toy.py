@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from trainer import gemma3
 from trainer.config import Kernels
-from trainer.kernels import attention, plain, stack
+from trainer.kernels import attention, plain
 from trainer.kernels.dora import Adapter, Group
 from trainer.kernels.layer import Layer, Norms, Pieces, Shape
 from trainer.kernels.nf4 import Nf4
+from trainer.kernels.stack import GROUPS, Settings, Stack
 
 SCALE, RANK, VOCABULARY = 0.7, 4, 96
 
@@ -73,10 +74,10 @@ class Toy:
 
     def stack(
         self, *, ops: ModuleType = plain, kind: type = attention.Plain, kept: Any = None, size: gemma3.Size | None = None, **kernels: Any
-    ) -> stack.Stack:
+    ) -> Stack:
         """Ours; m is set 20% away from n."""
         size = size or self.size
-        settings = stack.Settings(Kernels(layer="ours", **kernels), self.dtype, SCALE, 256, kept or {})
+        settings = Settings(Kernels(layer="ours", **kernels), self.dtype, SCALE, 256, kept or {})
         pieces = Pieces(ops, ops, ops)
         layers = [self._layer(number, size, settings, pieces) for number in range(size.num_layers)]
         generator = torch.Generator().manual_seed(12)
@@ -88,11 +89,11 @@ class Toy:
                     adapter.m_O.data *= 1 + 0.2 * torch.randn(len(adapter.m_O), generator=generator).to(self.device, self.wide)
                 group.refresh()
         inner = SimpleNamespace(embed_tokens=SimpleNamespace(weight=self.embedding), norm=SimpleNamespace(weight=self.final))
-        return stack.Stack(inner, layers, size, settings, pieces, kind)
+        return Stack(inner, layers, size, settings, pieces, kind)
 
-    def _layer(self, number: int, size: gemma3.Size, settings: stack.Settings, pieces: Pieces) -> Layer:
+    def _layer(self, number: int, size: gemma3.Size, settings: Settings, pieces: Pieces) -> Layer:
         groups = {}
-        for name, (_, linears) in stack.GROUPS.items():
+        for name, (_, linears) in GROUPS.items():
             weights, adapters = [self.weights[number][linear] for linear in linears], [self.adapters[number][linear] for linear in linears]
             groups[name] = Group(weights, adapters, SCALE, self.dtype, pieces.rest)
         norms = Norms(*(self.norms[number][name] for name in _NORMS))
@@ -132,7 +133,7 @@ def row(documents: Sequence[Sequence[int]], device: str = "cpu") -> dict[str, Te
     return {"input_ids": torch.tensor([ids], device=device), "cu_seq_lens_q": ends.to(device)}
 
 
-def of_ours(toy: Toy, model: stack.Stack, documents: Sequence[Sequence[int]], grad: Tensor) -> Answer:
+def of_ours(toy: Toy, model: Stack, documents: Sequence[Sequence[int]], grad: Tensor) -> Answer:
     """grad: of the hidden states [T, H]."""
     hidden = model.hidden(row(documents, toy.device))[0]
     parameters = toy.parameters()
