@@ -136,10 +136,11 @@ class Sdpa:
 
     def _output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.permute(0, 2, 1, 3).flatten(0, 1)[None]
-        out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+        out = torch.nn.functional.scaled_dot_product_attention(
             heads, k[None], v[None], attn_mask=self._mask, scale=self._scale, enable_gqa=True
         )
-        return out[0].unflatten(0, q.shape[0:3:2]).transpose(1, 2)
+        split: Tensor = out[0].unflatten(0, q.shape[0:3:2])
+        return split.transpose(1, 2)
 
 
 class Turing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -122,8 +121,8 @@ def test_heads_are_normed_and_turned_as_hf_does(dtype: torch.dtype) -> None:
     qkv, q_w, k_w = made(TOKENS, HEADS[0] * (HEADS[1] + 2) * WIDE, seed=1).to(dtype).double(), made(WIDE, seed=2), made(WIDE, seed=3)
     cos, sin = rotation()
     wide = residual_of(dtype)
-    args: Any = [value.to(wide) for value in (q_w, k_w, cos, sin)]
-    found = plain.turn(qkv.to(dtype), *args, heads=HEADS, eps=EPS)
+    args = [value.to(wide) for value in (q_w, k_w, cos, sin)]
+    found = plain.turn(qkv.to(dtype), args[0], args[1], args[2], args[3], HEADS, EPS)
     wanted = turned(qkv, q_w, k_w, cos, sin)
     for have, want in zip(found, wanted, strict=True):
         assert have.dtype == dtype and have.is_contiguous() and error(have, want) <= tolerance(dtype)
@@ -135,15 +134,15 @@ def test_gradient_of_the_projections_is_that_of_autograd(dtype: torch.dtype) -> 
     kv, group = HEADS
     qkv = made(TOKENS, kv * (group + 2) * WIDE, seed=1).to(dtype).double().requires_grad_()
     q_w, k_w, (cos, sin) = made(WIDE, seed=2), made(WIDE, seed=3), rotation()
-    grads: Any = [
+    dq, dk, dv = [
         made(*shape, seed=seed).to(dtype)
         for seed, shape in ((4, (kv, TOKENS, group, WIDE)), (5, (kv, TOKENS, WIDE)), (6, (kv, TOKENS, WIDE)))
     ]
-    (wanted,) = torch.autograd.grad(turned(qkv, q_w, k_w, cos, sin), qkv, [grad.double() for grad in grads])
-    args: Any = [value.to(residual_of(dtype)) for value in (q_w, k_w, cos, sin)]
-    found = plain.turn_backward(*grads, qkv.detach().to(dtype), *args, heads=HEADS, eps=EPS)
+    (wanted,) = torch.autograd.grad(turned(qkv, q_w, k_w, cos, sin), qkv, [grad.double() for grad in (dq, dk, dv)])
+    w_q, w_k, w_cos, w_sin = [value.to(residual_of(dtype)) for value in (q_w, k_w, cos, sin)]
+    found = plain.turn_backward(dq, dk, dv, qkv.detach().to(dtype), w_q, w_k, w_cos, w_sin, HEADS, EPS)
     assert found.dtype == dtype and error(found, wanted) <= 2 * tolerance(dtype)
-    exchanged = plain.turn_backward(*grads, qkv.detach().to(dtype), args[1], args[0], *args[2:], heads=HEADS, eps=EPS)
+    exchanged = plain.turn_backward(dq, dk, dv, qkv.detach().to(dtype), w_k, w_q, w_cos, w_sin, HEADS, EPS)
     assert error(exchanged, wanted) > 20 * tolerance(dtype)  # sentinel: q's weight is not k's
 
 
@@ -292,8 +291,8 @@ def test_softmax_backward_is_autograds_under_the_mask(dtype: torch.dtype) -> Non
     wide = residual_of(dtype)
 
     def found(first: Tensor) -> tuple[Tensor, Tensor]:
-        values: Any = [one.to(wide) for one in (s, dp, lse, delta)]
-        return plain.softmax_backward(*values, first_T=first, scale=scale, rows=(t0, lo, group), dtype=dtype)
+        scores, grads, normalisers, deltas = [one.to(wide) for one in (s, dp, lse, delta)]
+        return plain.softmax_backward(scores, grads, normalisers, deltas, first, scale, (t0, lo, group), dtype)
 
     for have, want in zip(found(first), (p.detach(), wanted), strict=True):
         assert have.dtype == dtype and error(have, want) <= 4 * tolerance(dtype)
