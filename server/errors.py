@@ -58,6 +58,38 @@ class Busy(ServerError):
     """All slots are taken and so is the waiting room."""
 
 
+class TooManyRequests(ServerError):
+    """A key asks for more than its limits. `retry_after_s`: when it may ask again."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(Busy):
+    """The server was asked to stop: it finishes what it has and takes nothing new."""
+
+
+class Unauthorized(ServerError):
+    """No key, or one that is not known here."""
+
+
+class ForbiddenHost(ServerError):
+    """Called by a name that is not this server's, which a web page can bring about (DNS rebinding)."""
+
+
+class BodyTooSlow(BadRequest):
+    """The body did not come in time."""
+
+
+class AnswerTooLong(ServerError):
+    """The answer took longer than any answer may."""
+
+
+class ClientTooSlow(ServerError):
+    """The client does not read what it asked for; nobody gets this one."""
+
+
 class NotReady(ServerError):
     """Nothing is served yet: no release, or the engine is still loading it."""
 
@@ -91,6 +123,13 @@ TABLE: Mapping[type[Exception], Shown] = {
     UnknownModel: Shown(404, "invalid_request_error", "model_not_found"),
     PromptTooLong: Shown(400, "invalid_request_error", "context_length_exceeded"),
     Busy: Shown(503, "overloaded_error", "queue_full", 2),
+    TooManyRequests: Shown(429, "rate_limit_error", "too_many_requests", 1),
+    Draining: Shown(503, "unavailable_error", "draining", 5),
+    Unauthorized: Shown(401, "authentication_error", "unauthorized"),
+    ForbiddenHost: Shown(421, "invalid_request_error", "forbidden_host"),
+    BodyTooSlow: Shown(408, "invalid_request_error", "body_too_slow"),
+    AnswerTooLong: Shown(504, "engine_error", "answer_too_long"),
+    ClientTooSlow: Shown(499, "client_error", "client_too_slow"),
     NotReady: Shown(503, "unavailable_error", "not_ready", 5),
     EngineError: Shown(502, "engine_error", "engine_failed", 2),
     EngineStalled: Shown(504, "engine_error", "engine_stalled", 5),

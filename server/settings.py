@@ -1,4 +1,4 @@
-"""The server's settings: flags of `python -m server`, else the environment (TRINITY_*), else the defaults here.
+"""The server's settings: flags of `python -m server`, else the environment (TRINITY_*), else a TOML file, else the defaults here.
 
 The only place of the server that reads the environment.
 """
@@ -6,28 +6,45 @@ The only place of the server that reads the environment.
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, HttpUrl, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from server.errors import SetupError
 from server.manifest import explain
 
 
+def _names(value: Any) -> Any:
+    """Names with commas between them, as flags and variables have them; a TOML file may have a list."""
+    return tuple(name for item in value.split(",") if (name := item.strip())) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+
 class Settings(BaseSettings):
     """Serves the newest release of the trainer: POST /chat, and OpenAI's API on /v1/chat/completions.
 
-    Every flag is also an environment variable: --ollama-url is TRINITY_OLLAMA_URL. Exit codes: 0 stopped when asked to,
-    2 something that you can mend (one line says what), 130 interrupted.
+    Every flag is also an environment variable (--ollama-url is TRINITY_OLLAMA_URL) and a line of the file that --config names
+    (ollama_url = "..."). `python -m server check` looks whether all is well, `key` makes an API key, `release` moves releases.
+    Exit codes: 0 stopped when asked to, 2 something that you can mend (one line says what), 130 interrupted.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="TRINITY_",
         frozen=True,
-        extra="ignore",
+        extra="forbid",
         use_attribute_docstrings=True,
         cli_prog_name="python -m server",
         cli_kebab_case=True,
@@ -35,36 +52,91 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
     )
 
-    engine: Literal["embedded", "ollama"] = "embedded"
-    """Who computes: llama.cpp in a child process of this server, or an Ollama that runs already."""
+    config: Path | None = None
+    """TOML file with further settings, named as here with underscores."""
+    engine: Literal["embedded", "ollama", "openai"] = "embedded"
+    """Who computes: llama.cpp in a child process of this server, an Ollama that runs already, or any server with OpenAI's API."""
     releases: Path = Path("output/gguf")
     """Directory of releases, whose link `current` is served; or one release."""
+    state: Path = Path("output/state")
+    """Directory where the loader writes which release is wanted (release.json); the server only reads it."""
+    keys: Path | None = None
+    """File with the API keys' hashes; else keys.json in the state directory."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets the whole network in."""
+    """Address to listen on; 0.0.0.0 lets the whole network in, and everybody then needs a key."""
     port: int = Field(8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     ollama_url: HttpUrl = HttpUrl("http://127.0.0.1:11434")
     """Where Ollama listens."""
+    openai_url: HttpUrl = HttpUrl("http://127.0.0.1:8000/v1")
+    """Where the server with OpenAI's API listens, /v1 included."""
+    openai_key: SecretStr | None = None
+    """Its key; rather a variable or a line of the file than a flag, which everybody on this machine can read."""
+    openai_model: str = ""
+    """The model's name there; empty takes the only one that it lists."""
     threads: int = Field(0, ge=0)
     """Threads of the embedded engine; 0 takes every core that this process may use."""
     slots: int = Field(1, ge=1, le=64)
     """Answers computed at the same time; with Ollama the same number as its OLLAMA_NUM_PARALLEL."""
     waiting: int = Field(8, ge=0)
     """Requests that may wait for a slot; further ones are refused with 503 and Retry-After."""
-    queue_timeout_s: float = Field(60.0, gt=0)
-    """Longest wait for a slot, seconds."""
+    queue_timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for a slot, seconds; also while a release is being changed."""
+    first_token_timeout_s: float = Field(600.0, gt=0)
+    """Longest time from the slot to the first token, seconds: a 12B on a CPU reads a long prompt for minutes."""
     stall_timeout_s: float = Field(120.0, gt=0)
-    """Longest silence of the engine within an answer, seconds."""
+    """Longest silence between two tokens, and longest time that a client may take to read what is ready for it, seconds."""
+    total_timeout_s: float = Field(3600.0, gt=0)
+    """Longest answer, from the slot on, seconds."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Longest time that the embedded engine may take to load a model, seconds."""
     ping_s: float = Field(15.0, gt=0)
     """Silence after which a stream carries a comment, so that no proxy closes it, seconds."""
+    header_timeout_s: float = Field(10.0, gt=0)
+    """Longest time in which a request's headers may come, seconds."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """Longest time in which a request's body may come, seconds."""
+    drain_s: float = Field(30.0, ge=0)
+    """How long answers under way may take when the server is asked to stop, seconds."""
+    max_connections: int = Field(2048, ge=1)
+    """Connections open at the same time; further ones are closed at once."""
     max_body_bytes: int = Field(1_048_576, ge=1)
     """Largest request body that is read, bytes."""
+    max_messages: int = Field(1000, ge=1)
+    """Most messages in one conversation."""
+    max_message_chars: int = Field(500_000, ge=1)
+    """Longest message, characters."""
+    max_answer_tokens: int = Field(8192, ge=1)
+    """Longest answer, tokens; a wish for more is cut to this."""
+    key_requests_per_minute: int = Field(60, ge=1)
+    """What a new API key may ask a minute."""
+    key_concurrent: int = Field(4, ge=1)
+    """What a new API key may have under way at the same time, waiting included."""
+    allowed_hosts: Names = ()
+    """Names by which this server may be called while it has no key, beside the loopback's; with commas between them."""
+    cors_origins: Names = ()
+    """Origins whose pages may call this server from a browser (https://a.example); none by default."""
+    log_format: Literal["text", "json"] = "text"
+    """One line a request for people, or one JSON object."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
     def num_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def keys_file(self) -> Path:
+        return self.keys or self.state / "keys.json"
 
 
 def load(argv: Sequence[str] | None = None) -> Settings:
@@ -73,7 +145,22 @@ def load(argv: Sequence[str] | None = None) -> Settings:
     Raises:
         SetupError: a value that cannot be. (An unknown flag ends the process with argparse's own line and exit code 2.)
     """
+    chosen = _read(Settings, argv)
+    if chosen.config is None:
+        return chosen
+    if not chosen.config.is_file():
+        raise SetupError(f"--config {chosen.config}: no such file")
+
+    class WithFile(Settings):
+        model_config = SettingsConfigDict(toml_file=chosen.config)
+
+    return _read(WithFile, argv)
+
+
+def _read(kind: type[Settings], argv: Sequence[str] | None) -> Settings:
     try:
-        return Settings() if argv is None else Settings(_cli_parse_args=list(argv))
+        return kind() if argv is None else kind(_cli_parse_args=list(argv))
     except ValidationError as error:
-        raise SetupError(f"settings: {explain(error)}: mend the flag, or the variable TRINITY_<NAME>") from error
+        raise SetupError(f"settings: {explain(error)}: mend the flag, the variable TRINITY_<NAME> or the file's line") from error
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise SetupError(f"settings: {error}") from error
