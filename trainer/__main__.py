@@ -78,6 +78,7 @@ def _environment(cfg: Config) -> dict[str, str]:
     """What worker processes see: this process's environment, with every telemetry off and every cache in paths.cache."""
     cache = cfg.paths.cache.resolve()
     return {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # what is free between two segments counts against a card's 16 GB
         **os.environ,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",

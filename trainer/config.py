@@ -110,7 +110,8 @@ class Kernels(Section):
     layer: Literal["ours", "stock"] = "stock"
     """Our decoder layer in place of each `model.layers[i]`: float32 residual, recompute by hand, what follows inside it."""
     dora: Literal["ours", "stock"] = "ours"
-    """DoRA with kept norms and a backward of its own; without `layer` at PEFT's seam."""
+    """DoRA with kept norms and a backward of its own; without `layer` at PEFT's seam, which unsloth's layers have not: with backend
+    "unsloth" a stock layer is stock in all its parts, and the log says so."""
     attention: Literal["ours", "stock"] = "ours"
     norms: Literal["ours", "stock"] = "ours"
     """RMSNorm, rope and residual in fused kernels; "stock" is torch's operations one by one."""

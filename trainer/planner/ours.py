@@ -9,7 +9,8 @@ a scale a row, in pinned memory, and is computed again in its backward. Moments 
     optimizer   the gradients back on the card, where kernels.pin_gradients moved them away
 
 Counted from shapes. The legend stands in standing.py; t = min(T, kernels.mlp_tile_tokens); b the bytes of a value in model.dtype.
-Not counted: LoRA's [T, r] products and 16-bit copies of one layer's A and B (below 20 MB at rank 64), and what kernels.norms or
+What is too small to count one by one (cuBLAS workspaces, rope's tables, the adapter's columns beside an activation, one layer's A and B
+in 16 bit) is REST, what an H100 had beyond the sum of the others at 4,096 and at 24,576 tokens. Not counted: what kernels.norms or
 kernels.geglu = "stock" hold beyond ours: these switches are for measurements.
 """
 
@@ -27,10 +28,12 @@ SCORE_BLOCK_BYTES = 256 * 2**20
 """Most that the attention's backward holds of scores and their gradients at once."""
 SCORE_BYTES = 12
 """S and dP in float32, P and dS in 16 bit, a score."""
-ON_THEIR_WAY = 2
-"""Buffers between card and host that are on the card at once: one in use, one in transfer."""
-SLACK_SHARE, SLACK_BYTES = 0.06, 300_000_000
-"""Reserved but unused: a share of the moment's temporaries, and fragments. A guess, not measured yet."""
+REST_BYTES, REST_BYTES_A_TOKEN = 175_000_000, 3_750
+GRADIENT_LAYERS = 2
+"""Layers whose gradients are on the card at once where they are pinned: one in the making, one on its way."""
+SLACK_SHARE, SLACK_KEPT, SLACK_BYTES = 0.24, 0.1, 450_000_000
+"""Reserved but unused: a share of the moment's temporaries and one of the kept tensors, and fragments. Of the rows of
+bench/results/qdora_step.jsonl, which ran without expandable segments: with them it should be less."""
 
 
 def standing(cfg: Config, size: Size) -> dict[str, int]:
@@ -40,25 +43,27 @@ def standing(cfg: Config, size: Size) -> dict[str, int]:
     """
     terms = {**weights(cfg, size), **adapter(cfg, size), "norm caches": 3 * 4 * num_trainable(cfg, size)[1]}
     if _pins_gradients(cfg):
-        terms["gradients"] = ON_THEIR_WAY * terms["gradients"] // size.num_layers
+        terms["gradients"] = GRADIENT_LAYERS * terms["gradients"] // size.num_layers
     return terms
 
 
 def moments(cfg: Config, size: Size) -> dict[str, Mapping[str, int]]:
     """Bytes a term of each moment; they exclude each other."""
-    backward = {**held(cfg, size), "residuals": residuals_bytes(cfg, size)}
+    rest = REST_BYTES + REST_BYTES_A_TOKEN * tokens(cfg) if cfg.model.device == "cuda" else 0
+    backward = {**held(cfg, size), "residuals": residuals_bytes(cfg, size), "attention's half": half_bytes(cfg, size), "rest": rest}
     found: dict[str, Mapping[str, int]] = {
         "mlp": backward | mlp_moment(cfg, size),
-        "attention": backward | attention_moment(cfg, size),
+        "attention": backward | attention_moment(cfg, size) | next_input(cfg, size),
         "loss": {**held(cfg, size), "logits and loss": loss_bytes(cfg, size)},
     }
     return found | ({"optimizer": {"gradients, back for the step": 4 * sum(num_trainable(cfg, size))}} if _pins_gradients(cfg) else {})
 
 
 def slack_bytes(moment: Mapping[str, int]) -> int:
-    """Kept tensors and layer inputs are alike and go back to where they came from: they leave no gaps."""
+    """Kept tensors and layer inputs are alike and go back to where they came from: they leave few gaps."""
     alike = ("kept tensors", "layer inputs")
-    return SLACK_BYTES + round(SLACK_SHARE * sum(num for name, num in moment.items() if name not in alike))
+    kept_share = SLACK_KEPT * moment.get("kept tensors", 0)
+    return SLACK_BYTES + round(kept_share + SLACK_SHARE * sum(num for name, num in moment.items() if name not in alike))
 
 
 def pinned(cfg: Config, size: Size) -> dict[str, int]:
@@ -92,20 +97,24 @@ def num_spans(cfg: Config, size: Size) -> int:
 
 
 def held(cfg: Config, size: Size) -> dict[str, int]:
-    """What waits on the card between forward and backward, and what is on its way to or from the host.
+    """What waits on the card between forward and backward, and what came back from the host for the layer at work.
 
-    layer inputs: 2 T h in two buffers, or all of them as they are, 4 T h a span, without offload. kept tensors: those of the
-    card; of the pinned ones, twice the most that one layer has. A CPU has no other memory: everything counts.
+    layer inputs: all of them as they are, 4 T h a span, without offload. kept tensors: those of the card; of the pinned ones, the
+    most that one layer has. A CPU has no other memory: everything counts.
     """
     row, found = tokens(cfg) * size.hidden_size, kept(cfg, size)
     parts = {where: keep.kept_bytes(size, tokens(cfg), found, where) for where in ("card", "pinned")}
     if not _is_pinning(cfg):
         return {"layer inputs": num_spans(cfg, size) * 4 * row, "kept tensors": sum(parts.values())}
-    way = ON_THEIR_WAY * keep.largest_bytes(size, tokens(cfg), found, "pinned")
-    inputs = {"layer inputs, on their way": ON_THEIR_WAY * 2 * row}
-    if cfg.kernels.offload == "stock":
-        inputs = {"layer inputs": num_spans(cfg, size) * 4 * row}
-    return {**inputs, "kept tensors": parts["card"], "kept tensors, on their way": way}
+    back = keep.largest_bytes(size, tokens(cfg), found, "pinned")
+    inputs = {"layer inputs": num_spans(cfg, size) * 4 * row} if cfg.kernels.offload == "stock" else {}
+    return {**inputs, "kept tensors": parts["card"], "kept tensors, back": back}
+
+
+def next_input(cfg: Config, size: Size) -> dict[str, int]:
+    """The input of the span before, 2 T h, which comes back while the attention works: at the MLP's peak there is no room for it."""
+    pins = _is_pinning(cfg) and cfg.kernels.offload == "ours"
+    return {"layer input, on its way": 2 * tokens(cfg) * size.hidden_size} if pins else {}
 
 
 def residuals_bytes(cfg: Config, size: Size) -> int:
@@ -113,27 +122,38 @@ def residuals_bytes(cfg: Config, size: Size) -> int:
     return (12 + 4 * (cfg.kernels.span_layers - 1)) * tokens(cfg) * size.hidden_size
 
 
+def half_bytes(cfg: Config, size: Size) -> int:
+    """What the attention's backward needs and the MLP's finds there: normed input and o_proj's output 2 b T h; q|k|v, and the same normed
+    and turned, 2 b T (q + 2 kv); the output b T q and its logsumexp 4 T heads."""
+    b, q, kv = narrow_bytes(cfg), size.query_size, size.kv_size
+    return tokens(cfg) * (b * (2 * size.hidden_size + 2 * (q + 2 * kv) + q) + 4 * size.num_heads)
+
+
 def mlp_moment(cfg: Config, size: Size) -> dict[str, int]:
-    """tile: gate|up 2 b t i, their product b t i; normed input h, output d and their gradients 4 b t h. dequantised: gate|up and down, 3 b h i."""
+    """input: normed, b T h. tile: gate|up 2 b t i, whose gradient takes their place, and their product b t i; output and its gradient
+    2 b t h. dequantised: gate|up and down, 3 b h i."""
     b, i, h = narrow_bytes(cfg), size.intermediate_size, size.hidden_size
     tile = min(tokens(cfg), cfg.kernels.mlp_tile_tokens)
     norms = stock.dora_norm_bytes(cfg, size) if cfg.kernels.dora == "stock" else 0
-    return {"MLP tile": b * tile * (3 * i + 4 * h), "dequantised weights": b * 3 * h * i, "DoRA's norms in PEFT": norms}
+    return {
+        "MLP input": b * tokens(cfg) * h,
+        "MLP tile": b * tile * (3 * i + 2 * h),
+        "dequantised weights": b * 3 * h * i,
+        "DoRA's norms in PEFT": norms,
+    }
 
 
 def attention_moment(cfg: Config, size: Size) -> dict[str, int]:
-    """Tensors, scores and dequantised q, k, v of one layer.
+    """Tensors and scores of one layer's backward; no weight is dequantised at the same time.
 
-    tensors: q|k|v and their gradient 2 b T (q + 2 kv); q and k normed and turned b T (q + kv); output, its gradient and that laid
-    out by heads 3 b T q; dk and dv summed in float32 8 T kv. scores: a block, or the MATH kernel's matrices with kernels.attention = "stock".
-    dequantised: b h (q + 2 kv).
+    tensors: the output's gradient, that laid out by heads, and dq 3 b T q; dk and dv summed in float32 8 T kv. scores: a block, or the MATH kernel's matrices with kernels.attention = "stock".
     """
     b, num, q, kv = narrow_bytes(cfg), tokens(cfg), size.query_size, size.kv_size
-    tensors = num * (b * (2 * (q + 2 * kv) + (q + kv) + 3 * q) + 2 * 4 * kv)
+    tensors = num * (b * 3 * q + 2 * 4 * kv)
     scores = min(SCORE_BLOCK_BYTES, SCORE_BYTES * size.num_heads * num * num)
     if cfg.kernels.attention == "stock":
         scores = stock.SCORES_ALIVE * stock.scores_bytes(cfg, size)
-    return {"attention tensors": tensors, "attention scores": scores, "dequantised weights": b * size.hidden_size * (q + 2 * kv)}
+    return {"attention tensors": tensors, "attention scores": scores}
 
 
 def loss_bytes(cfg: Config, size: Size) -> int:

@@ -57,6 +57,7 @@ def installed(cfg: Config, model: Any) -> stack.Stack:
         max_tokens=standing.tokens(cfg),
         kept={layer: {str(name): str(where) for name, where in names.items()} for layer, names in ours.kept(cfg, size).items()},
     )
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums of a product stay float32
     return stack.install(model, size, settings)
 
 

@@ -11,7 +11,9 @@ from trainer.planner.budget import Budget, budget
 
 SIZE = SIZES["12b"]
 H, INNER, Q, KV, L = 3840, 15360, 4096, 2048, 48
-LONG = ("data.max_tokens=24576", "kernels.span_layers=2", "kernels.pin_gradients=true", "kernels.mlp_tile_tokens=4096")
+LONG = ("data.max_tokens=24576", "kernels.span_layers=2", "kernels.pin_gradients=true")
+HALF = 2 * (2 * H + 2 * (Q + 2 * KV) + Q) + 4 * 16
+"""Bytes a token of what stands between the two halves of a layer's backward."""
 
 
 def config(*overrides: str) -> Config:
@@ -23,23 +25,43 @@ def found(*overrides: str) -> Budget:
     return budget(config(*overrides), SIZE)
 
 
-def test_the_product_takes_11_4_gb_with_nothing_kept() -> None:
+def test_the_product_takes_11_5_gb_with_nothing_kept() -> None:
     standing = 7.566e9 + 2 * 1.0565e9 + 0.550e9 + 12 * 2.236e6
-    T = 4096
-    mlp = 4 * T * H + 12 * T * H + T * (6 * INNER + 8 * H) + 6 * H * INNER
+    T, t = 4096, 2048
+    mlp = 12 * T * H + T * HALF + 2 * T * H + t * (6 * INNER + 4 * H) + 6 * H * INNER
+    rest = ours.REST_BYTES + ours.REST_BYTES_A_TOKEN * T
     assert found().moment == "mlp"
-    assert found().allocated_bytes == pytest.approx(standing + mlp, rel=0.001)
+    assert found().allocated_bytes == pytest.approx(standing + mlp + rest, rel=0.001)
     assert 11.2e9 < found().allocated_bytes < 11.5e9
 
 
-def test_a_long_context_reserves_less_than_15_2_gb_and_pins_less_than_6_5() -> None:
+@pytest.mark.parametrize(
+    ("more", "allocated", "reserved"),
+    [
+        ((), 11_504_970_752, 12_234_784_768),
+        (("kernels.keep_bytes=3_000_000_000", "kernels.keep_pinned_bytes=4_000_000_000"), 14_463_796_224, 15_502_147_584),
+        (LONG, 13_867_472_896, 15_353_249_792),
+    ],
+    ids=["nothing kept", "budgets filled", "24,576 tokens"],
+)
+def test_forecasts_are_what_an_h100_measured(more: tuple[str, ...], allocated: int, reserved: int) -> None:
+    """Rows of bench/results/qdora_step.jsonl; two constants of the forecast come from two of them, so this holds it to the truth
+    where it was seen, no more."""
+    plan = found(*more)
+    assert plan.allocated_bytes == pytest.approx(allocated, rel=0.025)
+    forecast = plan.needed_bytes - plan.terms["CUDA context"]
+    assert 0.97 * reserved <= forecast <= 1.08 * reserved
+
+
+def test_a_long_context_fits_a_t4_and_pins_less_than_6_5_gb() -> None:
     terms = found(*LONG).terms
     T = 24576
-    attention = 2 * T * (2 * (Q + 2 * KV) + Q + KV + 3 * Q) + 8 * T * KV
+    attention = 2 * T * 3 * Q + 8 * T * KV
     assert found(*LONG).moment == "attention"
     assert terms["attention tensors"] == attention
     assert terms["residuals"] == 16 * T * H
-    assert found(*LONG).needed_bytes - terms["CUDA context"] < 15.2e9
+    assert terms["attention's half"] == T * HALF
+    assert found(*LONG).needed_bytes < 15_095 * 2**20
     assert ours.pinned(config(*LONG), SIZE) == {"layer inputs": 24 * 2 * T * H, "gradients": 4 * (261_881_856 + 2_236_416)}
     assert ours.pinned_bytes(config(*LONG), SIZE) < 6.5e9
 
@@ -60,11 +82,11 @@ def test_kept_tensors_count_as_they_are_used_not_as_they_are_allowed() -> None:
     )
 
 
-def test_pinned_kept_tensors_take_two_buffers_of_the_card() -> None:
+def test_pinned_kept_tensors_come_back_a_layer_at_a_time() -> None:
     cfg = config(f"kernels.keep_pinned_bytes={2 * 4096 * H * L}")
     assert ours.pinned(cfg, SIZE)["kept tensors"] == 2 * 4096 * H * L
-    assert budget(cfg, SIZE).terms["kept tensors, on their way"] == 2 * 2 * 4096 * H
-    assert budget(cfg, SIZE).allocated_bytes == found().allocated_bytes + 2 * 2 * 4096 * H
+    assert budget(cfg, SIZE).terms["kept tensors, back"] == 2 * 4096 * H
+    assert budget(cfg, SIZE).allocated_bytes == found().allocated_bytes + 2 * 4096 * H
 
 
 def test_longer_spans_pin_less_and_hold_more_residuals() -> None:
@@ -82,10 +104,9 @@ def test_without_offload_layer_inputs_stay_on_the_card() -> None:
 
 
 def test_a_smaller_tile_lowers_the_mlp_and_a_larger_than_the_row_changes_nothing() -> None:
-    lower = found("kernels.mlp_tile_tokens=2048")
-    assert lower.moment == "attention"
-    assert sum(ours.moments(config(), SIZE)["mlp"].values()) - lower.aside["mlp"] == found().terms["MLP tile"] // 2
-    assert found("kernels.mlp_tile_tokens=8192") == found()
+    lower = found("kernels.mlp_tile_tokens=1024")
+    assert found().allocated_bytes - lower.allocated_bytes == lower.terms["MLP tile"] == found().terms["MLP tile"] // 2
+    assert found("kernels.mlp_tile_tokens=8192") == found("kernels.mlp_tile_tokens=4096")
 
 
 def test_pieces_switched_off_cost_what_stock_costs() -> None:

@@ -62,7 +62,7 @@ def test_our_layer_is_offered_only_where_unsloth_loads_the_model() -> None:
 
 
 def test_with_our_layer_what_costs_no_quality_comes_first() -> None:
-    cfg = with_ours("data.max_tokens=28672", "kernels.keep_bytes=500_000_000")
+    cfg = with_ours("data.max_tokens=22528", "kernels.keep_bytes=500_000_000")
     ways = remedy.remedies(cfg, SIZE, T4)
     kinds = [way.setting.partition("=")[0] for way in ways]
     assert kinds[:2] == ["kernels.keep_bytes", "kernels.pin_gradients"]
@@ -84,12 +84,21 @@ def test_a_smaller_mlp_tile_is_offered_where_the_mlp_is_the_peak() -> None:
     found = budget(cfg, SIZE)
     assert found.moment == "mlp"
     ways = {way.setting: way.needed_bytes for way in remedy.remedies(cfg, SIZE, found.needed_bytes - 1)}
-    assert ways["kernels.mlp_tile_tokens=2048"] < found.needed_bytes
-    assert list(ways).index("kernels.mlp_tile_tokens=2048") < list(ways).index("data.max_tokens=3840")
+    assert ways["kernels.mlp_tile_tokens=1024"] < found.needed_bytes
+    assert list(ways).index("kernels.mlp_tile_tokens=1024") < list(ways).index("data.max_tokens=3840")
 
 
 def test_every_term_of_our_layer_is_moved_by_a_setting_or_is_as_it_is() -> None:
-    fixed = {"weights, NF4 codes", "weights, block scales", "embedding", "norms", "norm caches", "dequantised weights", "attention scores"}
+    fixed = {
+        "weights, NF4 codes",
+        "weights, block scales",
+        "embedding",
+        "norms",
+        "norm caches",
+        "dequantised weights",
+        "attention scores",
+        "rest",
+    }
     around = {"allocator's slack", "CUDA context"}
     for overrides in (
         ["kernels.keep_bytes=2_000_000_000", "kernels.keep_pinned_bytes=2_000_000_000"],
@@ -102,7 +111,7 @@ def test_every_term_of_our_layer_is_moved_by_a_setting_or_is_as_it_is() -> None:
 
 def test_scores_in_blocks_are_not_called_movable() -> None:
     cfg = with_ours("data.max_tokens=16384", "kernels.pin_gradients=true", "adapter.rank=8")
-    assert remedy.largest_movable(cfg, budget(cfg, SIZE)).term == "attention tensors"
+    assert remedy.largest_movable(cfg, budget(cfg, SIZE)).term in {"residuals", "attention's half"}
     assert remedy.largest_movable(with_ours("adapter.rank=256"), budget(with_ours("adapter.rank=256"), SIZE)).setting in {
         "adapter.rank",
         "kernels.pin_gradients",
@@ -110,7 +119,7 @@ def test_scores_in_blocks_are_not_called_movable() -> None:
 
 
 def test_pinned_memory_is_brought_under_its_limit_without_leaving_the_card() -> None:
-    cfg = with_ours("data.max_tokens=24576")
+    cfg = with_ours("data.max_tokens=20480")
     assert ours.pinned_bytes(cfg, SIZE) > PINNED_BYTES
     ways = remedy.pinned_remedies(cfg, SIZE, PINNED_BYTES, T4)
     assert [way.setting.partition("=")[0] for way in ways] == ["kernels.span_layers", "data.max_tokens"]
@@ -121,7 +130,7 @@ def test_pinned_memory_is_brought_under_its_limit_without_leaving_the_card() -> 
 def test_the_roomiest_budget_for_kept_tensors_fits_with_its_reserve_and_the_next_does_not() -> None:
     cfg = with_ours()
     most = remedy.roomiest_keep(cfg, SIZE, T4)
-    assert 3_000_000_000 < most < 4_000_000_000
+    assert 2_500_000_000 < most < 3_000_000_000
 
     def needed(keep_bytes: int) -> int:
         return budget(remedy.with_setting(cfg, "kernels", keep_bytes=keep_bytes), SIZE).needed_bytes
