@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo plan train report serve clean
+.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -66,6 +66,27 @@ soak: setup  ## 100 kills of a train and of an export; goes on where it stopped
 
 bench-demo: setup  ## the demo from nothing, as a row of bench/results/demo.jsonl
 	$(PY) -m bench.demo --record
+
+MODEL ?= .cache/random-12b
+CAP := 15600000000
+RUN := $(or $(RUN),$(shell date -u +%Y%m%d-%H%M%S))
+STEP = $(PY) -m bench.qdora_step --model $(MODEL) --run $(RUN)
+ROOF = $(PY) -m bench.t4_roofline --model $(MODEL) --run $(RUN)
+NOTHING_KEPT := --keep-bytes 0 --keep-pinned-bytes 0
+
+bench-gpu: setup  ## a step of the 12B on this card, ours and unsloth's, as rows of bench/results/ (what a card cannot do goes by)
+	@[ -f $(MODEL)/config.json ] || $(PY) -m trainer.random_weights $(MODEL) --size 12b --device cuda
+	-$(STEP) --who unsloth
+	-$(STEP) --who unsloth --mode bf16
+	-$(STEP) --cap-bytes $(CAP) $(NOTHING_KEPT) --kernels docs/kernels_of_a_step.json
+	-$(STEP) --cap-bytes $(CAP)
+	-$(STEP) --mode bf16
+	-$(STEP) --tokens 16384 --cap-bytes $(CAP) $(NOTHING_KEPT)
+	-$(STEP) --tokens 24576 --steps 10 --cap-bytes $(CAP) $(NOTHING_KEPT) --set kernels.span_layers=2 --set kernels.pin_gradients=true
+	-$(STEP) --mixed packed --steps 100 --cap-bytes $(CAP)
+	-$(STEP) --mixed unpacked --steps 100 --cap-bytes $(CAP)
+	-$(ROOF) --who unsloth
+	-$(ROOF) --cap-bytes $(CAP)
 
 clean:  ## remove environments and tools' caches; output/, data/ and .cache/ stay
 	rm -rf .venv .venv-server .tools .mypy_cache .pytest_cache .ruff_cache *.egg-info

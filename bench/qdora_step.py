@@ -45,7 +45,9 @@ PIECES = ("layer", "dora", "attention", "norms", "geglu", "loss", "offload")
 """What `kernels` has of ours."""
 PEER = ["model.backend=unsloth", "adapter.dora=false", *(f"kernels.{piece}=stock" for piece in PIECES if piece != "loss")]
 """unsloth as it is; a --set of the caller's comes after it."""
-ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"} | {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True"  # as the trainer sets it
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -146,7 +146,8 @@ def mlp_moment(cfg: Config, size: Size) -> dict[str, int]:
 def attention_moment(cfg: Config, size: Size) -> dict[str, int]:
     """Tensors and scores of one layer's backward; no weight is dequantised at the same time.
 
-    tensors: the output's gradient, that laid out by heads, and dq 3 b T q; dk and dv summed in float32 8 T kv. scores: a block, or the MATH kernel's matrices with kernels.attention = "stock".
+    tensors: the output's gradient, that laid out by heads, and dq 3 b T q; dk and dv summed in float32 8 T kv. scores: a block, or
+    the MATH kernel's matrices with kernels.attention = "stock".
     """
     b, num, q, kv = narrow_bytes(cfg), tokens(cfg), size.query_size, size.kv_size
     tensors = num * (b * 3 * q + 2 * 4 * kv)
