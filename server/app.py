@@ -30,18 +30,18 @@ def make_engine(settings: Settings) -> Engine:
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The engine is loaded in the background once the application starts, and closed when it stops."""
-    keeper = Keeper(settings.releases, engine)
+    keeper = Keeper(settings.releases, engine, settings.state)
     admission = Admission(engine.slots, settings.waiting, settings.queue_timeout_s, settings.stall_timeout_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        bringing_up = asyncio.create_task(keeper.bring_up())
-        bringing_up.add_done_callback(keeper.ended)
+        keeping = asyncio.create_task(keeper.run())
+        keeping.add_done_callback(keeper.ended)
         try:
             yield
         finally:
-            bringing_up.cancel()
-            await asyncio.gather(bringing_up, return_exceptions=True)
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
             await engine.close()
 
     # No docs page: FastAPI's own loads its scripts from a CDN.

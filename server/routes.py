@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from server import conversation, translate
 from server.admission import Admission, Answer
+from server.chat import Event
 from server.engines import Engine
 from server.release import Keeper
 from server.replies import EventStream, read, unless_gone
@@ -39,8 +41,16 @@ class Gateway:
         """
         release = self.keeper.serving()
         translate.check_model(asked.model, release)
-        request = conversation.request(asked.messages, asked.wishes, release.manifest.prompt)
-        return Answer(self.admission, self.engine.chat(release.model, request)), release.model
+        conversation.request(asked.messages, asked.wishes, release.manifest.prompt)  # what cannot be is refused before it waits
+        return Answer(self.admission, self._events(asked)), release.model
+
+    async def _events(self, asked: translate.Asked) -> AsyncGenerator[Event]:
+        """The answer of the release that is served once it is this request's turn; that one stays loaded until the end."""
+        async with self.keeper.lease() as release:
+            request = conversation.request(asked.messages, asked.wishes, release.manifest.prompt)
+            async with aclosing(self.engine.chat(release.model, request)) as events:
+                async for event in events:
+                    yield event
 
 
 def router(gateway: Gateway) -> APIRouter:

@@ -102,7 +102,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 @asynccontextmanager
 async def serving(engine: ScriptedEngine, releases: Path, *, wait: bool = True, **changes: Any) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a real uvicorn on a free port."""
-    app = create_app(Settings(releases=releases, slots=engine.slots, **changes), engine)
+    app = create_app(Settings(**{"releases": releases, "state": releases / "state", "slots": engine.slots, **changes}), engine)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started)

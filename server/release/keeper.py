@@ -1,0 +1,175 @@
+"""Which release this gateway serves: watches what is wanted, has the engine load it, switches, lets the one before finish.
+
+What is wanted stands in the state directory, written by the loader; where nothing was ever loaded it is the releases' own
+`current`. A release that is refused never takes the place of one that answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from server import manifest
+from server.engines import Engine
+from server.errors import EngineError, NotReady, ReleaseError, ServerError
+from server.manifest import Release
+from server.release.state import Entry, State
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (2.0, 2.0, 5.0, 10.0, 30.0)
+"""Before an engine that failed to load a release is asked again; the last one for ever after."""
+
+
+@dataclass(frozen=True)
+class Live:
+    release: Release
+    digest: str
+
+
+class Keeper:
+    def __init__(self, releases: Path, engine: Engine, state: Path | None = None, poll_s: float = 0.5) -> None:
+        self._releases = releases
+        self._engine = engine
+        self._state = State(state or releases / "state")
+        self._poll_s = poll_s
+        self._live: Live | None = None
+        self._why: Callable[[], ServerError] = lambda: NotReady("the server is starting")
+        self._refused = ""
+        self._settled: tuple[object, ...] | None = None
+        self._failures = 0
+        self._not_before = 0.0
+        self._leases: Counter[str] = Counter()
+        self._retired: list[Release] = []
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def serving(self) -> Release:
+        """The release that answers now. Raises NotReady or ReleaseError with what to do."""
+        if self._live is None:
+            raise self._why()
+        return self._live.release
+
+    async def ready(self) -> str:
+        """One line about the engine that is ready to answer. Raises like serving(), or NotReady when the engine is not."""
+        release = self.serving()
+        status = await self._engine.status(release.model)
+        if not status.ready or (self._live and self._live.release == release and status.digest != self._live.digest):
+            raise NotReady(status.detail)
+        return f"{status.detail}; wanted but not served: {self._refused}" if self._refused else status.detail
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncGenerator[Release]:
+        """The release for one answer: it stays loaded until the block is left. Waits while a loader needs the engine's only slot.
+
+        Raises like serving().
+        """
+        if self._state.loading():  # asked here, since the next look may be too late
+            self._open.clear()
+        await self._open.wait()
+        release = self.serving()
+        self._leases[release.model] += 1
+        try:
+            yield release
+        finally:
+            self._leases[release.model] -= 1
+
+    async def run(self) -> None:
+        """For ever: serve what is wanted."""
+        while True:
+            loading = self._state.loading()  # before the look: a loader takes its mark away after it wrote what is wanted
+            await self._look()
+            await self._unload_retired()
+            if not loading:
+                self._open.set()
+            await asyncio.sleep(self._poll_s)
+
+    def ended(self, running: asyncio.Task[None]) -> None:
+        """Done-callback of a task of run(): without it a bug of ours would leave a server that is loading for ever."""
+        self._open.set()
+        if not running.cancelled() and (error := running.exception()):
+            log.error("watching for releases failed", exc_info=error)
+            self._why = lambda: NotReady("the server made a mistake when it brought up its release: its log knows more; start it again")
+
+    async def _look(self) -> None:
+        """Bring up what is wanted, unless that was done or refused already. What an engine failed at is tried again."""
+        seen = self._state.stamp() or manifest.stamp(self._releases)  # before it is read: what changes meanwhile was not looked at
+        now = asyncio.get_running_loop().time()
+        if seen == self._settled and now < self._not_before:
+            return
+        self._not_before, failures = float("inf"), 0
+        try:
+            await self._serve_wanted()
+        except ReleaseError as error:
+            self._note(ReleaseError, str(error))
+        except EngineError as error:
+            self._note(NotReady, str(error))
+            failures = self._failures + 1 if seen == self._settled else 1
+            self._not_before = now + PAUSES_S[min(failures, len(PAUSES_S)) - 1]
+        self._settled, self._failures = seen, failures
+
+    async def _serve_wanted(self) -> None:
+        if wanted := await asyncio.to_thread(self._state.read):
+            await self._serve_entry(wanted.live)
+        elif directory := await asyncio.to_thread(manifest.find, self._releases):
+            await self._serve(await asyncio.to_thread(manifest.read, directory))
+        else:
+            self._note(NotReady, no_release(self._releases))
+
+    async def _serve_entry(self, entry: Entry) -> None:
+        """Serve what a loader left; an engine that has it already is not asked to load it again."""
+        status = await self._engine.status(entry.release.model)
+        if status.ready and status.digest == entry.digest:
+            self._switch(entry.release, entry.digest)
+            return
+        release = await asyncio.to_thread(manifest.read, entry.directory)
+        if release.manifest != entry.manifest:
+            raise ReleaseError(
+                f"{entry.directory} is not {entry.release.model} any more: load it again with `python -m server release load`"
+            )
+        await self._serve(release)
+
+    async def _serve(self, release: Release) -> None:
+        if self._live and self._live.release == release:
+            return
+        loading = f"the engine is loading {release.model}"
+        log.info("%s", loading)
+        self._why = lambda: NotReady(loading)
+        self._switch(release, await self._engine.load(release))
+
+    def _switch(self, release: Release, digest: str) -> None:
+        before, self._live = self._live, Live(release, digest)
+        self._refused = ""
+        if before and before.release.model != release.model:
+            self._retired.append(before.release)
+        if before != self._live:
+            log.info("serving %s", release.model)
+
+    async def _unload_retired(self) -> None:
+        """Unload what has given its last answer; a release that came back meanwhile stays."""
+        for release in self._retired.copy():
+            in_service = self._live is not None and self._live.release.model == release.model
+            if self._leases[release.model] and not in_service:
+                continue
+            self._retired.remove(release)
+            if not in_service:
+                try:
+                    await self._engine.unload(release.model)
+                except EngineError as error:
+                    log.warning("%s stays loaded: %s", release.model, error)
+
+    def _note(self, kind: type[ServerError], why: str) -> None:
+        """Why what is wanted is not served; what is served stays."""
+        if str(self._why()) != why:
+            log.warning("%s%s", why, f"; {self._live.release.model} stays in service" if self._live else "")
+        self._why = lambda: kind(why)
+        self._refused = why if self._live else ""
+
+
+def no_release(releases: Path) -> str:
+    return f"no release yet in {releases}: make one with `make demo` (any laptop) or `make train` (a GPU); it is picked up by itself"
