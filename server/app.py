@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
+from server import page
 from server.admission import Admission
 from server.engines import Engine
 from server.errors import ServerError
@@ -51,4 +52,5 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
     app.include_router(router(Gateway(settings, engine, keeper, admission)))
+    app.include_router(page.router())
     return app
