@@ -30,6 +30,8 @@ def _names(value: Any) -> Any:
     return tuple(name for item in value.split(",") if (name := item.strip())) if isinstance(value, str) else value
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
@@ -68,6 +70,8 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     ollama_url: HttpUrl = HttpUrl("http://127.0.0.1:11434")
     """Where Ollama listens."""
+    ollama_models: Path | None = None
+    """Ollama's directory of models, to look whether its disk has room for a release; else OLLAMA_MODELS, or its home's."""
     openai_url: HttpUrl = HttpUrl("http://127.0.0.1:8000/v1")
     """Where the server with OpenAI's API listens, /v1 included."""
     openai_key: SecretStr | None = None
@@ -78,6 +82,10 @@ class Settings(BaseSettings):
     """Threads of the embedded engine; 0 takes every core that this process may use."""
     slots: int = Field(1, ge=1, le=64)
     """Answers computed at the same time; with Ollama the same number as its OLLAMA_NUM_PARALLEL."""
+    engine_models: int = Field(1, ge=1)
+    """Models that the engine may hold at the same time, Ollama's OLLAMA_MAX_LOADED_MODELS: with 1, requests wait while a release is loaded."""
+    engine_memory_bytes: int = Field(0, ge=0)
+    """Memory that the engine may use for models; 0 takes what this machine has free, where the engine runs on it."""
     waiting: int = Field(8, ge=0)
     """Requests that may wait for a slot; further ones are refused with 503 and Retry-After."""
     queue_timeout_s: float = Field(300.0, gt=0)
@@ -133,6 +141,14 @@ class Settings(BaseSettings):
     @property
     def num_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def ollama_store(self) -> Path | None:
+        """Where Ollama's blobs lie, as far as this process can see them."""
+        if self.ollama_models:
+            return self.ollama_models
+        place = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+        return place if self.ollama_url.host in LOOPBACK and place.is_dir() else None
 
     @property
     def keys_file(self) -> Path:
