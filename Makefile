@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve clean
+.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve key clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -34,6 +34,9 @@ report: setup  ## bring PRESET's report.html up to date
 
 serve: setup  ## serve the newest release on http://127.0.0.1:8080
 	@$(PY) -m server $(ARGS)
+
+key: setup  ## make an API key; make -s key prints just the key
+	@$(PY) -m server key $(ARGS)
 
 check: setup  ## format, lint, types, locks
 	$(PY) -m ruff format --check

@@ -1,29 +1,30 @@
-"""`python -m server`: checks what can be checked before a request comes, then serves. What you can mend is one line and exit code 2."""
+"""`python -m server`: checks what can be checked before a request comes, then serves. What you can mend is one line and exit code 2.
+
+`python -m server check` does only the first half; `key` and `release` work beside a server that runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
+import ipaddress
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
-import uvicorn
-
-from server import manifest, settings
+from server import auth, logs, manifest, settings
 from server.app import create_app, make_engine
-from server.errors import SetupError
+from server.errors import ServerError, SetupError
+from server.limits import Limits
+from server.port import listen, make_server
 from server.release import no_release
-
-GRACE_S = 30
-"""How long answers under way may take when the server is asked to stop."""
 
 
 def main(argv: Sequence[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("serve", argv)
     try:
-        return run(settings.load(argv))
+        return COMMANDS[name](rest)
     except SetupError as error:
         print(f"server: {error}", file=sys.stderr)
         return 2
@@ -31,52 +32,115 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def run(chosen: settings.Settings) -> int:
+def serve(argv: Sequence[str]) -> int:
+    chosen = settings.load(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, then raises the signal again
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    listener = listen(chosen.host, chosen.port)
-    with listener:
+    logs.configure(chosen.log_format)
+    with listen(chosen.host, chosen.port) as listener:
         directory = manifest.find(chosen.releases)
         if directory is None:
             print(f"server: {no_release(chosen.releases)}", file=sys.stderr)
         else:
             manifest.read(directory)
-        asyncio.run(serve(chosen, listener))
+        first_key(chosen, _address(chosen.host, listener))
+        asyncio.run(_serve(chosen, listener))
     return 0
 
 
-async def serve(chosen: settings.Settings, listener: socket.socket) -> None:
+def first_key(chosen: settings.Settings, address: str) -> None:
+    """Whoever can be reached from elsewhere has a key: without any the first is made, and shown this once."""
+    keys = auth.Keys.open(chosen.keys_file)
+    if auth.is_loopback(chosen.host) or len(keys):
+        return
+    secret = keys.make("first", _limits(chosen))
+    print(
+        f"server: made the first API key, shown only now: {secret}\nserver: chat page: {address}/#key={secret}", file=sys.stderr, flush=True
+    )
+
+
+async def _serve(chosen: settings.Settings, listener: socket.socket) -> None:
     engine = make_engine(chosen)
     try:
         await engine.check()
+        app = create_app(chosen, engine)
     except SetupError:
         await engine.close()
         raise
-    config = uvicorn.Config(create_app(chosen, engine), log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_S)
     host, port = listener.getsockname()[:2]
     print(f"server: http://{f'[{host}]' if ':' in host else host}:{port}/chat with engine {chosen.engine}", file=sys.stderr, flush=True)
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await make_server(app, chosen).serve(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Bind before anything is loaded, so that a taken port is said at once. Raises SetupError."""
+def key(argv: Sequence[str]) -> int:
+    """Make a key and print it, alone on stdout; or remove one."""
+    chosen = settings.load_as(settings.KeyCommand, argv)
+    keys = auth.Keys.open(chosen.keys_file)
+    if chosen.remove:
+        keys.remove(chosen.remove)
+        print(f"server: {chosen.keys_file}: removed {chosen.remove}", file=sys.stderr)
+        return 0
+    free = next(name for number in count(1) if (name := f"key-{number}") not in keys.names)
+    print(keys.make(chosen.name or free, _limits(chosen)))
+    return 0
+
+
+def check(argv: Sequence[str]) -> int:
+    """One line each for settings, keys, release and engine; 2 if any of them would keep the server from answering."""
+    chosen = settings.load(argv)
+    looks: Mapping[str, Callable[[], str]] = {
+        "keys": lambda: _check_keys(chosen),
+        "release": lambda: _check_release(chosen),
+        "engine": lambda: asyncio.run(_check_engine(chosen)),
+    }
+    print(f"ok      settings: {f'{chosen.config} and ' if chosen.config else ''}flags and environment")
+    failed = False
+    for name, look in looks.items():
+        try:
+            print(f"ok      {name}: {look()}")
+        except ServerError as error:
+            failed = True
+            print(f"PROBLEM {name}: {error}")
+    return 2 if failed else 0
+
+
+def _check_keys(chosen: settings.Settings) -> str:
+    keys = auth.Keys.open(chosen.keys_file)
+    if len(keys):
+        return f"{len(keys)} in {chosen.keys_file}: {', '.join(keys.names)}"
+    if auth.is_loopback(chosen.host):
+        return f"none in {chosen.keys_file}; {chosen.host} asks for none"
+    return f"none in {chosen.keys_file}; the first start on {chosen.host} makes one"
+
+
+def _check_release(chosen: settings.Settings) -> str:
+    directory = manifest.find(chosen.releases)
+    if directory is None:
+        raise SetupError(no_release(chosen.releases))
+    release = manifest.read(directory)
+    return f"{release.model} in {directory}, every file as it was released"
+
+
+async def _check_engine(chosen: settings.Settings) -> str:
+    engine = make_engine(chosen)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot even be a name
-        raise SetupError(f"--host {host}: no such address ({error})") from error
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise SetupError(f"port {port} is taken: stop the other program, or choose another with --port or TRINITY_PORT") from error
-        raise SetupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener
+        await engine.check()
+    finally:
+        await engine.close()
+    return f"{chosen.engine} is there"
+
+
+def _limits(chosen: settings.Settings) -> Limits:
+    return Limits(chosen.key_requests_per_minute, chosen.key_concurrent)
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    """What a browser on this machine calls it by."""
+    bound, port = listener.getsockname()[:2]
+    name = "localhost" if ipaddress.ip_address(bound).is_unspecified else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"serve": serve, "check": check, "key": key}
 
 
 if __name__ == "__main__":

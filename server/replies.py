@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,12 +12,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server import errors, translate
 from server.admission import Answer
 from server.chat import Event
-from server.errors import BadRequest, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
+from server.errors import BadRequest, BodyTooSlow, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
 from server.manifest import explain
 
 log = logging.getLogger(__name__)
@@ -28,33 +26,14 @@ B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
 
-class RequestIds:
-    """Gives every request an id, in its state and in the reply's X-Request-ID; a sane one of the client's own is kept."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        own = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        id = own if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", own) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)
-
-
 async def read(request: Request, kind: type[B], max_bytes: int, example: str) -> B:
-    """The body as `kind`. Raises NotJson, TooLarge or BadRequest, with the curl line that works or the field that does not."""
+    """The body as `kind`. Raises NotJson, TooLarge or BadRequest, with the curl line that works or the field that does not.
+
+    Who needs no key must say that it is JSON: a web page cannot without being allowed to. A key is proof enough.
+    """
     curl = f"curl -s {request.url} -H 'Content-Type: application/json' -d '{example}'"
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
+    if request.state.caller.limits is None and content_type != "application/json" and not content_type.endswith("+json"):
         raise NoJsonType(f"the body must be sent as JSON, not as {content_type or 'nothing in particular'}; this works: {curl}")
     content = await _bytes(request, max_bytes)
     try:
@@ -82,16 +61,27 @@ async def _bytes(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-async def on_error(request: Request, error: Exception) -> Response:
+def refusal(error: ServerError, request_id: str) -> Response:
+    """An error's reply."""
     row = errors.shown(error)
-    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
-    return JSONResponse(errors.body(str(error), row, request.state.request_id), row.status, headers)
+    retry_after_s = getattr(error, "retry_after_s", row.retry_after_s)
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if row.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, BodyTooSlow | TooLarge):
+        headers["Connection"] = "close"  # what is left of the body is not waited for
+    return JSONResponse(errors.body(str(error), row, request_id), row.status, headers)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerError)
+    return refusal(error, request.state.request_id)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """Our own mistakes: the log gets the traceback, the client nothing of it. Runs outside of RequestIds, hence the header."""
+    """Our own mistakes: the log gets the frames, the client nothing of it. Runs outside of logs.Requests, hence the header."""
     id = request.state.request_id
-    log.error("request %s failed", id)
+    log.error("a bug: the frames follow")
     message = "the server made a mistake; its log knows more about this request id"
     return JSONResponse(errors.body(message, errors.BUG, id), errors.BUG.status, {"X-Request-ID": id})
 

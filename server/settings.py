@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import (
@@ -155,25 +155,48 @@ class Settings(BaseSettings):
         return self.keys or self.state / "keys.json"
 
 
+class KeyCommand(Settings):
+    """Makes an API key, of which only the hash is kept, and prints it; a server that runs knows it at once.
+
+    It may ask --key-requests-per-minute times a minute, --key-concurrent at the same time. Once there is a key, the server asks for
+    one on the loopback too.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m server key")
+
+    name: str = ""
+    """Whose it is, for metrics and logs; else key-1 and so on."""
+    remove: str = ""
+    """Name of a key that shall open nothing any more; none is made."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
 def load(argv: Sequence[str] | None = None) -> Settings:
-    """Settings of this process; `argv` None leaves the command line alone.
+    """Settings of this process; `argv` None leaves the command line alone. Raises like load_as()."""
+    return load_as(Settings, argv)
+
+
+def load_as(kind: type[S], argv: Sequence[str] | None) -> S:
+    """Likewise for a command with flags of its own.
 
     Raises:
         SetupError: a value that cannot be. (An unknown flag ends the process with argparse's own line and exit code 2.)
     """
-    chosen = _read(Settings, argv)
+    chosen = _read(kind, argv)
     if chosen.config is None:
         return chosen
     if not chosen.config.is_file():
         raise SetupError(f"--config {chosen.config}: no such file")
 
-    class WithFile(Settings):
+    class WithFile(kind):  # type: ignore[misc,valid-type]  # a class made of a class that was handed in
         model_config = SettingsConfigDict(toml_file=chosen.config)
 
     return _read(WithFile, argv)
 
 
-def _read(kind: type[Settings], argv: Sequence[str] | None) -> Settings:
+def _read(kind: type[S], argv: Sequence[str] | None) -> S:
     try:
         return kind() if argv is None else kind(_cli_parse_args=list(argv))
     except ValidationError as error:

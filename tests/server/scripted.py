@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 
 from server import conversation
 from server.app import create_app
@@ -18,6 +17,7 @@ from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status
 from server.errors import EngineError, SetupError
 from server.manifest import Release
+from server.port import listen, make_server
 from server.settings import Settings
 from tests.server.real import QUESTIONS, probe, write_release
 
@@ -101,12 +101,13 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 
 @asynccontextmanager
 async def serving(engine: ScriptedEngine, releases: Path, *, wait: bool = True, **changes: Any) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a real uvicorn on a free port."""
-    app = create_app(Settings(**{"releases": releases, "state": releases / "state", "slots": engine.slots, **changes}), engine)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    running = asyncio.create_task(server.serve())
+    """A client of the server as `python -m server` makes it, on a free port."""
+    settings = Settings(**{"releases": releases, "state": releases / "state", "slots": engine.slots, **changes})
+    server = make_server(create_app(settings, engine), settings)
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    running = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
             await until(lambda: bool(engine.loaded) or not wait)
