@@ -1,0 +1,310 @@
+"""What the gateway costs: first tokens and tokens per second beside a direct line to the engine, and how many events a core relays.
+
+    python -m bench.gateway --case added      # real Ollama (TRINITY_OLLAMA or PATH) with the untrained 270M
+    python -m bench.gateway --case fixed      # a fake engine whose first token takes 20 ms
+    python -m bench.gateway --case relay      # a fake engine without a clock, beside nginx as a plain proxy
+    python -m bench.gateway --case streams    # 2,000 answers at the same time, for --seconds
+
+added, fixed: pairs of the same question, directly and through the gateway in turns, over connections that stay open; added_ttft is
+the percentile of through minus direct, pair by pair. relative_tokens_per_s: through over direct, the medians of rounds in turns.
+relay: events_per_cpu_s divides by the processor time of the gateway's, or nginx's, processes. streams: lost_streams are those with a
+token too few or out of order; memory is the gateway's resident set after a tenth of the time and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from bench import rows
+from bench.fake_ollama import PROMPT_TOKENS
+from bench.streams import Client, Dialect, Seen
+from tests.server.real import (
+    QUESTIONS,
+    GatewayProcess,
+    base_release,
+    clean_environment,
+    free_port,
+    ollama,
+    ollama_binary,
+    probe,
+    write_release,
+)
+
+FIXED_S = 0.02
+"""First token of the fake engine in case fixed."""
+T = TypeVar("T")
+PROMPT = "The capital of France is"
+
+
+class Way(NamedTuple):
+    """A way to an engine: directly, through the gateway, or through nginx."""
+
+    url: str
+    dialect: Dialect
+    model: str = ""
+
+    def client(self) -> Client:
+        return Client(self.url, self.dialect, self.model)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=sorted(CASES), required=True)
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--clients", type=int, default=2000, help="of case streams")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of case streams")
+    parser.add_argument("--out", type=Path, default=None, help="file to append to, instead of the one in bench/results/")
+    options = parser.parse_args(arguments)
+    rows.raise_file_limit()
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        for who, work, metrics in CASES[options.case](options, folder, undo):
+            row = rows.append("gateway", who, {"case": options.case, **work}, metrics, options.out)
+            print(json.dumps({name: row[name] for name in ("who", "work", "metrics")}), flush=True)
+    return 0
+
+
+Measured = Iterator[tuple[str, dict[str, Any], dict[str, Any]]]
+
+
+def added(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
+    binary = ollama_binary()
+    if binary is None:
+        raise SystemExit("bench.gateway: no Ollama: put one on PATH or name it in TRINITY_OLLAMA")
+    release = base_release(folder / "gguf" / "base-0123456789ab")
+    (folder / "home").mkdir()
+    engine = undo.enter_context(ollama(folder / "home"))
+    gateway = undo.enter_context(gateway_of(engine.url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
+    direct = Way(engine.url, "ollama", release.model)
+    yield "ours", {"engine": "ollama", "clients": 1, "pairs": options.pairs}, asyncio.run(pairs(direct, gateway.way, options.pairs, 1))
+    for clients in (1, 4):
+        yield "ours", {"engine": "ollama", "clients": clients}, asyncio.run(throughput(direct, gateway.way, clients))
+
+
+def fixed(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
+    url = undo.enter_context(fake("--first-s", str(FIXED_S)))
+    gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=4))
+    direct = Way(url, "ollama", gateway.model)
+    yield "ours", {"engine": "fake", "clients": 1, "pairs": options.pairs}, asyncio.run(pairs(direct, gateway.way, options.pairs, 4))
+
+
+def relay(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
+    url = undo.enter_context(fake())
+    gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=64))
+    proxy = undo.enter_context(nginx(url, folder))
+    ways = (("ours", gateway.way, [gateway.pid]), (nginx_version(), Way(proxy.url, "ollama", gateway.model), proxy.pids))
+    for clients in (1, 32):
+        found: dict[str, list[dict[str, float]]] = {who: [] for who, _, _ in ways}
+        for _ in range(4):  # the first round warms up
+            for who, way, pids in ways:
+                found[who].append(asyncio.run(rush(way, clients, 32_000 // clients, pids)))
+        for who, rounds in found.items():
+            yield (
+                who,
+                {"engine": "fake", "clients": clients},
+                {name: statistics.median(one[name] for one in rounds[1:]) for name in rounds[0]},
+            )
+
+
+def streams(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
+    gap_s = 1.0
+    url = undo.enter_context(fake("--gap-s", str(gap_s)))
+    gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=options.clients))
+    metrics = asyncio.run(crowd(gateway, options.clients, round(options.seconds / gap_s), options.seconds))
+    yield "ours", {"engine": "fake", "clients": options.clients, "seconds": options.seconds}, metrics
+
+
+CASES: dict[str, Callable[[argparse.Namespace, Path, ExitStack], Measured]] = {
+    "added": added,
+    "fixed": fixed,
+    "relay": relay,
+    "streams": streams,
+}
+
+
+async def pairs(direct: Way, through: Way, num: int, tokens: int) -> dict[str, Any]:
+    clients = direct.client(), through.client()
+    found: list[list[float]] = [[], []]
+    for pair in range(num + 20):
+        order = (0, 1) if pair % 2 else (1, 0)
+        for which in order:
+            seen = await clients[which].ask(PROMPT, tokens)
+            if not seen.ended or not seen.tokens:
+                raise SystemExit(f"bench.gateway: an answer came to no end: {seen}")
+            found[which].append(seen.first_s)
+    for client in clients:
+        await client.close()
+    gaps = [gateway - engine for engine, gateway in zip(found[0][20:], found[1][20:], strict=True)]
+    at = statistics.quantiles(gaps, n=100)
+    return {"added_ttft_p50_s": at[49], "added_ttft_p99_s": at[98], "direct_ttft_p50_s": statistics.median(found[0][20:])}
+
+
+async def throughput(direct: Way, through: Way, clients: int, rounds: int = 9, tokens: int = 24) -> dict[str, Any]:
+    """Every client asks 4 times a round; the rounds of the two ways alternate, the first of each warms up."""
+    found: dict[Dialect, list[float]] = {"ollama": [], "gateway": []}
+    for number in range(2 * rounds + 2):
+        way = (direct, through)[number % 2]
+        start = time.perf_counter()
+        seen = await _together(way, clients, lambda client: _several(client, 4, tokens))
+        found[way.dialect].append(sum(one.tokens for many in seen for one in many) / (time.perf_counter() - start))
+    engine, gateway = (statistics.median(speeds[1:]) for speeds in (found["ollama"], found["gateway"]))
+    return {"tokens_per_s": gateway, "direct_tokens_per_s": engine, "relative_tokens_per_s": gateway / engine}
+
+
+async def rush(way: Way, clients: int, tokens: int, pids: Sequence[int]) -> dict[str, float]:
+    before, start = cpu_s(pids), time.perf_counter()
+    seen = await _together(way, clients, lambda client: client.ask(PROMPT, tokens))
+    wall_s, used_s = time.perf_counter() - start, cpu_s(pids) - before
+    total = sum(one.tokens for one in seen)
+    return {
+        "events_per_s": total / wall_s,
+        "events_per_cpu_s": total / used_s,
+        "lost_streams": sum(not _whole(one, tokens) for one in seen),
+    }
+
+
+async def crowd(gateway: Gateway, clients: int, tokens: int, seconds: float) -> dict[str, Any]:
+    before = cpu_s([gateway.pid])
+    everything = asyncio.create_task(_together(gateway.way, clients, lambda client: client.ask(PROMPT, tokens)))
+    await asyncio.sleep(max(5.0, seconds / 10))
+    early = resident_bytes(gateway.pid)
+    await asyncio.sleep(max(0.0, seconds * 0.8))
+    late = resident_bytes(gateway.pid)
+    seen = await everything
+    total = sum(one.tokens for one in seen)
+    return {
+        "lost_streams": sum(not _whole(one, tokens) for one in seen),
+        "events": total,
+        "events_per_cpu_s": total / (cpu_s([gateway.pid]) - before),
+        "early_rss_bytes": early,
+        "late_rss_bytes": late,
+    }
+
+
+def _whole(seen: Seen, tokens: int) -> bool:
+    return seen.in_order and seen.ended and seen.tokens == tokens
+
+
+async def _several(client: Client, times: int, tokens: int) -> list[Seen]:
+    return [await client.ask(PROMPT, tokens) for _ in range(times)]
+
+
+async def _together(way: Way, clients: int, work: Callable[[Client], Awaitable[T]]) -> list[T]:
+    made = [way.client() for _ in range(clients)]
+    try:
+        return list(await asyncio.gather(*(work(client) for client in made)))
+    finally:
+        await asyncio.gather(*(client.close() for client in made))
+
+
+class Gateway(NamedTuple):
+    way: Way
+    pid: int
+    model: str
+
+
+@contextmanager
+def gateway_of(engine_url: str, release: Path, folder: Path, slots: int) -> Iterator[Gateway]:
+    flags = ["--engine", "ollama", "--ollama-url", engine_url, "--releases", str(release), "--state", str(folder / "state")]
+    process = GatewayProcess(*flags, "--slots", str(slots), "--waiting", "64")
+    try:
+        model = process.wait_ready()["model"]
+        yield Gateway(Way(process.url, "gateway"), process.process.pid, model)
+    finally:
+        process.stop()
+
+
+def fake_release(folder: Path) -> Path:
+    """What the fake engine is asked to serve: no GGUF, and a context without an end."""
+    directory = folder / "gguf" / "fake-0123456789ab"
+    directory.mkdir(parents=True)
+    (directory / "model.gguf").write_bytes(b"GGUF and nothing else")
+    return write_release(directory, [probe(messages, range(PROMPT_TOKENS), "x") for messages in QUESTIONS], num_ctx=1_000_000)
+
+
+@contextmanager
+def fake(*flags: str) -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.fake_ollama", *flags], cwd=rows.ROOT, stdout=subprocess.PIPE, text=True, env=clean_environment()
+    )
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Proxy(NamedTuple):
+    url: str
+    pids: list[int]
+
+
+@contextmanager
+def nginx(upstream: str, folder: Path) -> Iterator[Proxy]:
+    """One worker, unbuffered, connections to the engine kept."""
+    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if binary is None:
+        raise SystemExit("bench.gateway: no nginx to compare with: install the package nginx-light")
+    port, home = free_port(), folder / "nginx"
+    home.mkdir()
+    (home / "nginx.conf").write_text(NGINX.format(home=home, port=port, upstream=upstream.removeprefix("http://")))
+    process = subprocess.Popen([binary, "-c", str(home / "nginx.conf"), "-p", str(home), "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(0.5)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+        yield Proxy(f"http://127.0.0.1:{port}", [process.pid, *map(int, children)])
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        process.wait()
+
+
+NGINX = """
+worker_processes 1; pid {home}/pid; error_log {home}/error.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off; client_body_temp_path {home}/body; proxy_temp_path {home}/proxy;
+  fastcgi_temp_path {home}/f; uwsgi_temp_path {home}/u; scgi_temp_path {home}/s;
+  upstream engine {{ server {upstream}; keepalive 64; }}
+  server {{ listen 127.0.0.1:{port}; location / {{
+    proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; proxy_read_timeout 1h;
+  }} }}
+}}
+"""
+
+
+def nginx_version() -> str:
+    binary = shutil.which("nginx") or "/usr/sbin/nginx"
+    said = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
+    return "nginx " + said.strip().rpartition("/")[2].split()[0]
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    """User and system time so far."""
+    total = 0.0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
