@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
-from server import auth, logs, manifest, settings
+from server import auth, logs, settings
 from server.app import create_app, make_engine
 from server.errors import ServerError, SetupError
 from server.limits import Limits
 from server.port import listen, make_server
-from server.release import no_release
+from server.release import first_look, no_release
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,11 +37,8 @@ def serve(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, then raises the signal again
     logs.configure(chosen.log_format)
     with listen(chosen.host, chosen.port) as listener:
-        directory = manifest.find(chosen.releases)
-        if directory is None:
+        if first_look(chosen.releases, chosen.state) is None:
             print(f"server: {no_release(chosen.releases)}", file=sys.stderr)
-        else:
-            manifest.read(directory)
         first_key(chosen, _address(chosen.host, listener))
         asyncio.run(_serve(chosen, listener))
     return 0
@@ -113,11 +110,16 @@ def _check_keys(chosen: settings.Settings) -> str:
 
 
 def _check_release(chosen: settings.Settings) -> str:
-    directory = manifest.find(chosen.releases)
-    if directory is None:
+    found = first_look(chosen.releases, chosen.state)
+    if found is None:
         raise SetupError(no_release(chosen.releases))
-    release = manifest.read(directory)
-    return f"{release.model} in {directory}, every file as it was released"
+    return found
+
+
+def release(argv: Sequence[str]) -> int:
+    from server.release import cli
+
+    return cli.main(argv)
 
 
 async def _check_engine(chosen: settings.Settings) -> str:
@@ -140,7 +142,7 @@ def _address(host: str, listener: socket.socket) -> str:
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"serve": serve, "check": check, "key": key}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"serve": serve, "check": check, "key": key, "release": release}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ from server.chat import Message, Role
 from server.errors import ReleaseError
 
 SCHEMA_VERSION = 1
+NAME = "manifest.json"
 
 
 class Part(BaseModel):
@@ -62,9 +63,14 @@ class Prompt(Part):
 
 class Manifest(Part):
     schema_version: Literal[1]
-    name: str
-    release: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    release: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Names a directory, and a model's tag at Ollama."""
     created: datetime
+    base: Mapping[str, Any] = Field(default_factory=dict)
+    """What was tuned: name, revision, hash. Shown, never acted on; likewise adapter and quantization."""
+    adapter: Mapping[str, Any] = Field(default_factory=dict)
+    quantization: str = ""
     files: Mapping[str, File]
     prompt: Prompt
 
@@ -110,23 +116,41 @@ class Release:
 
 
 def find(releases: Path) -> Path | None:
-    """The release to serve: `releases` itself if it is one, else where its link `current` points now; None: not there."""
+    """The release to serve: `releases` itself if it is one, else where its link `current` points now, else the newest; None: not there."""
     for candidate in (releases, releases / "current"):
-        if (candidate / "manifest.json").is_file():
+        if (candidate / NAME).is_file():
             return candidate.resolve()
-    if (releases / "current").exists():
+    if (releases / "current").is_dir():
         raise ReleaseError(f"{releases / 'current'} has no manifest.json: release again with `make train` or `make demo`")
-    return None
+    # Drive and Windows lose links.
+    found = [(made.created, directory) for directory in directories(releases) if (made := whole(directory))]
+    return max(found)[1] if found else None
+
+
+def directories(releases: Path) -> list[Path]:
+    """Directories in `releases` that hold a manifest; links (`current`) are none of them."""
+    return sorted(path.parent.resolve() for path in releases.glob(f"*/{NAME}") if not path.parent.is_symlink())
+
+
+def whole(directory: Path) -> Manifest | None:
+    """Its manifest if all files are there in their sizes (their bytes are for read() to check)."""
+    try:
+        made = parse(directory / NAME)
+        complete = all((directory / file.path).stat().st_size == file.num_bytes for file in made.files.values())
+    except (ReleaseError, OSError):
+        return None
+    return made if complete else None
 
 
 def stamp(releases: Path) -> tuple[object, ...]:
     """What find() and read() would see, by names, sizes and times alone: unequal once a release was changed or another took its place."""
-    directory = (releases if (releases / "manifest.json").exists() else releases / "current").resolve()
+    directory = (releases if (releases / NAME).exists() else releases / "current").resolve()
+    folders = [directory] if directory.is_dir() else [releases, *directories(releases)]
     try:
-        found = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+        found = [(path, path.stat()) for folder in folders for path in sorted(folder.iterdir())]
     except OSError:
         return (directory,)
-    return (directory, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+    return (directory, *((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found))
 
 
 def read(directory: Path) -> Release:
@@ -135,8 +159,8 @@ def read(directory: Path) -> Release:
     Raises:
         ReleaseError: no or broken manifest, unknown schema_version, a file missing, of another size or with other bytes.
     """
-    path = directory / "manifest.json"
-    manifest = _parse(path)
+    path = directory / NAME
+    manifest = parse(path)
     problems = [problem for name, file in manifest.files.items() if (problem := _problem(directory, name, file))]
     if missing := [name for name in ("gguf", "probes") if name not in manifest.files]:
         problems.append(f"{path}: `files` names no {' and no '.join(missing)}: release again")
@@ -145,11 +169,19 @@ def read(directory: Path) -> Release:
     return Release(directory, manifest, _probes(directory / manifest.files["probes"].path))
 
 
-def _parse(path: Path) -> Manifest:
+def parse(path: Path) -> Manifest:
+    """A manifest.json by itself. Raises ReleaseError."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise ReleaseError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_bytes(path, content)
+
+
+def parse_bytes(path: Path, content: bytes) -> Manifest:
+    """The same where the bytes come from elsewhere; `path` is for the error."""
+    try:
+        tree = json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise ReleaseError(f"{path}: not valid JSON ({error}): release again, or copy the release whole") from error
     version = tree.get("schema_version") if isinstance(tree, dict) else None
@@ -166,7 +198,7 @@ def _parse(path: Path) -> Manifest:
 
 def _problem(directory: Path, name: str, file: File) -> str | None:
     path = directory / file.path
-    if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
+    if leads_out(file.path):
         return f"files.{name}: {file.path} leads out of the release"
     try:
         if not path.is_file():
@@ -178,6 +210,12 @@ def _problem(directory: Path, name: str, file: File) -> str | None:
     except OSError as error:
         return f"files.{name}: {path} cannot be read ({error.strerror}): let the server's user read it, or copy it again"
     return None
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name from a file, read as on Unix or as on Windows, means something outside of its directory."""
+    windows = PureWindowsPath(name)
+    return PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root) or ".." in windows.parts
 
 
 def _probes(path: Path) -> tuple[Probe, ...]:

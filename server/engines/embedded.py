@@ -13,7 +13,7 @@ import logging
 import secrets
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Child:
         self.num_ctx = release.manifest.prompt.num_ctx
         self.address = ""
         self.key = secrets.token_hex(16)
+        self._slots, self._threads = slots, threads
         self._settings = {"gguf": str(release.gguf), "num_ctx": self.num_ctx, "slots": slots, "threads": threads, "key": self.key}
         self._process: asyncio.subprocess.Process | None = None
         self._lines: deque[str] = deque(maxlen=20)
@@ -78,6 +79,10 @@ class Child:
             raise EngineError(f"llama.cpp did not load {self.release.gguf}: {self.last_words}")
         self.address = json.loads(line)["address"]
 
+    def another(self) -> Child:
+        """The same once more, not started."""
+        return Child(self.release, self._slots, self._threads)
+
     async def wait(self) -> int | None:
         """Its exit code, once it is dead; None at once if it never lived."""
         return await self._process.wait() if self._process else None
@@ -106,24 +111,61 @@ class Child:
             self._lines.append(line.decode("utf-8", "replace").rstrip())
 
 
+class Kept:
+    """A child that answers, started again whenever it dies."""
+
+    def __init__(self, child: Child, start_timeout_s: float) -> None:
+        self.child = child
+        self._start_timeout_s = start_timeout_s
+        self._task = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self.child.close()
+
+    async def _keep(self) -> None:
+        """With growing pauses while it dies at once."""
+        deaths = 0
+        while True:
+            began = asyncio.get_running_loop().time()
+            code = await self.child.wait()
+            deaths = deaths + 1 if asyncio.get_running_loop().time() - began < 60 else 0
+            log.error("llama.cpp died (exit code %s) and is being started again: %s", code, self.child.last_words)
+            await asyncio.sleep(PAUSES_S[min(deaths, len(PAUSES_S) - 1)])
+            await self.child.close()
+            self.child = self.child.another()
+            try:
+                await self.child.start(self._start_timeout_s)
+                log.warning("llama.cpp is back")
+            except EngineError as error:
+                log.warning("%s", error)
+
+
 class EmbeddedEngine:
+    """One child a model. While a release takes the place of another there are two, until the old one is unloaded."""
+
     def __init__(self, slots: int, threads: int, start_timeout_s: float) -> None:
         self.slots = slots
         self._threads = threads
         self._start_timeout_s = start_timeout_s
         # Time-outs belong to admission; only connecting may not hang.
         self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
-        self._child: Child | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._kept: dict[str, Kept] = {}
         self._loading = asyncio.Lock()
 
     @property
+    def newest(self) -> Child | None:
+        """The child that was loaded last."""
+        return list(self._kept.values())[-1].child if self._kept else None
+
+    @property
     def child_pid(self) -> int | None:
-        return self._child.pid if self._child else None
+        return self.newest.pid if self.newest else None
 
     @property
     def child_alive(self) -> bool:
-        return self._child is not None and self._child.alive
+        return self.newest is not None and self.newest.alive
 
     async def check(self) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -131,17 +173,17 @@ class EmbeddedEngine:
 
     async def load(self, release: Release) -> str:
         async with self._loading:
-            if self._child and self._child.alive and self._child.release == release:
+            kept = self._kept.get(release.model)
+            if kept and kept.child.alive and kept.child.release == release:
                 return release.sha256
             async with AsyncExitStack() as undo:
                 child = Child(release, self.slots, self._threads)
                 undo.push_async_callback(child.close)
                 await child.start(self._start_timeout_s)
                 await probes.check(_Alone(self, child), release.model, release)
-                await self._retire()
                 undo.pop_all()
-            self._child = child
-            self._keeper = asyncio.create_task(self._keep(child))
+            await self.unload(release.model)  # a child of the same name: its files are the same or were replaced
+            self._kept[release.model] = Kept(child, self._start_timeout_s)
             return release.sha256
 
     async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
@@ -172,26 +214,41 @@ class EmbeddedEngine:
         return conversation.render(messages)
 
     async def status(self, model: str) -> Status:
-        child = self._child
-        if child is None or child.release.model != model:
+        if model not in self._kept:
             return Status(False, "", f"{model} is not loaded")
+        child = self._kept[model].child
         detail = "llama.cpp in a child process" if child.alive else "llama.cpp died and is being started again"
         return Status(child.alive, child.release.sha256 if child.alive else "", detail)
 
     async def unload(self, model: str) -> None:
-        if self._child and self._child.release.model == model:
-            await self._retire()
+        if kept := self._kept.pop(model, None):
+            await kept.close()
 
     async def close(self) -> None:
-        await self._retire()
+        for model in list(self._kept):
+            await self.unload(model)
         await self._http.aclose()
 
+    async def lacks(self, release: Release) -> int:
+        """The file is read where it lies, always."""
+        return release.manifest.files["gguf"].num_bytes
+
+    async def place(self, release: Release) -> None:
+        pass
+
+    async def held_bytes(self) -> int:
+        return 0
+
+    async def prune(self, name: str, keep: Collection[str]) -> list[str]:
+        return []
+
     def _living(self, model: str) -> Child:
-        if self._child is None or self._child.release.model != model:
+        if model not in self._kept:
             raise EngineError(f"{model} is not loaded")
-        if not self._child.alive:
+        child = self._kept[model].child
+        if not child.alive:
             raise EngineError("llama.cpp died and is being started again: try again in a moment")
-        return self._child
+        return child
 
     async def tokenize(self, model: str, prompt: str) -> list[int]:
         """Token ids of a rendered prompt, as the model gets them."""
@@ -205,33 +262,6 @@ class EmbeddedEngine:
             raise EngineError(f"llama.cpp answers {response.status_code}: {response.text[:300]}")
         ids: list[int] = response.json()["tokens"]
         return ids
-
-    async def _keep(self, child: Child) -> None:
-        """Start the child again whenever it dies, with growing pauses while it dies at once."""
-        deaths = 0
-        while True:
-            began = asyncio.get_running_loop().time()
-            code = await child.wait()
-            deaths = deaths + 1 if asyncio.get_running_loop().time() - began < 60 else 0
-            log.error("llama.cpp died (exit code %s) and is being started again: %s", code, child.last_words)
-            await asyncio.sleep(PAUSES_S[min(deaths, len(PAUSES_S) - 1)])
-            await child.close()
-            child = Child(child.release, self.slots, self._threads)
-            self._child = child
-            try:
-                await child.start(self._start_timeout_s)
-                log.warning("llama.cpp is back")
-            except EngineError as error:
-                log.warning("%s", error)
-
-    async def _retire(self) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-        child, self._child = self._child, None
-        if child:
-            await child.close()
 
 
 class _Alone:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status, probes
 from server.engines.lines import lines
 from server.errors import EngineError, PromptTooLong, SetupError
-from server.manifest import Prompt, Release
+from server.manifest import Manifest, Prompt, Release
 
 OLDEST = (0, 31, 2)
 """Older ones have CVE-2026-7482 (memory read through a GGUF, fixed in 0.17.1) or allocate without bound (fixed in 0.31.2)."""
@@ -42,6 +43,7 @@ class OllamaEngine:
         self._http = httpx2.AsyncClient(base_url=self.url, timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
         self._admin = ollama.AsyncClient(host=self.url, timeout=ADMIN_TIMEOUT_S, trust_env=False)
         self._digests: dict[str, str] = {}
+        self._placed: dict[str, tuple[Manifest, str]] = {}
 
     async def check(self) -> None:
         try:
@@ -56,17 +58,42 @@ class OllamaEngine:
             raise SetupError(f"Ollama {version} at {self.url} has known holes: update it to {'.'.join(map(str, OLDEST))} or newer")
 
     async def load(self, release: Release) -> str:
-        """Upload what is missing, create NAME:RELEASE, put its probes to it, and only then move NAME:latest."""
-        try:
-            await self._upload(release)
-            await self._create(release)
+        """Place it unless it is there, put its probes to it, and only then move NAME:latest."""
+        with self._asked_to(f"take {release.model}"):
+            digest = await self._digest(release.model)
+            if self._placed.get(release.model) != (release.manifest, digest):
+                await self.place(release)
             await probes.check(self, release.model, release)
             await self._admin.copy(release.model, f"{release.manifest.name}:latest")
             digest = await self._digest(release.model)
-        except NOT_THERE as error:
-            raise EngineError(f"Ollama at {self.url} did not take {release.model}: {error or type(error).__name__}") from error
         self._digests[release.model] = digest
         return digest
+
+    async def place(self, release: Release) -> None:
+        """Upload the GGUF if it is missing, and create NAME:RELEASE; nothing is loaded into memory."""
+        with self._asked_to(f"take {release.model}"):
+            await self._upload(release)
+            await self._create(release)
+            self._placed[release.model] = (release.manifest, await self._digest(release.model))
+
+    async def lacks(self, release: Release) -> int:
+        with self._asked_to(f"say whether it has {release.model}"):
+            there = (await self._http.head(_blob(release), timeout=LOOK_TIMEOUT_S)).status_code == 200
+        return 0 if there else release.manifest.files["gguf"].num_bytes
+
+    async def held_bytes(self) -> int:
+        with self._asked_to("say what it has loaded"):
+            running = await self._admin.ps()
+        return sum((item.size or 0) - (item.size_vram or 0) for item in running.models)
+
+    async def prune(self, name: str, keep: Collection[str]) -> list[str]:
+        """Only NAME:<run>-<12 hexadecimal digits>, as releases are called: what a person named otherwise is theirs."""
+        with self._asked_to(f"delete older releases of {name}"):
+            listed = [item.model or "" for item in (await self._admin.list()).models]
+            older = [model for model in listed if re.fullmatch(rf"{re.escape(name)}:.+-[0-9a-f]{{12}}", model) and model not in keep]
+            for model in older:
+                await self._admin.delete(model)
+        return older
 
     async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
         body = {**_body(model, request.messages), "stream": True, "options": _options(request)}
@@ -103,22 +130,30 @@ class OllamaEngine:
         except (*NOT_THERE, ValueError, KeyError) as error:
             return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
         if not digest or digest != self._digests.get(model, digest):
-            return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded: start the server again")
+            return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded: load it again")
         return Status(True, digest, f"Ollama {version} at {self.url}")
 
     async def unload(self, model: str) -> None:
-        await self._admin.generate(model, keep_alive=0)
+        """Once its last answer is given; Ollama loads nothing for this."""
+        with self._asked_to(f"unload {model}"):
+            await self._admin.generate(model, keep_alive=0)
 
     async def close(self) -> None:
         await self._http.aclose()
         await self._admin.close()  # type: ignore[no-untyped-call]  # not annotated there
 
+    @contextmanager
+    def _asked_to(self, do: str) -> Iterator[None]:
+        """Whatever goes wrong with an admin call is one EngineError."""
+        try:
+            yield
+        except NOT_THERE as error:
+            raise EngineError(f"Ollama at {self.url} did not {do}: {error or type(error).__name__}") from error
+
     async def _upload(self, release: Release) -> None:
-        path = f"/api/blobs/sha256:{release.sha256}"
-        if (await self._http.head(path)).status_code == 200:
+        if not (size := await self.lacks(release)):
             return
-        size = release.manifest.files["gguf"].num_bytes
-        response = await self._http.post(path, content=_chunks(release.gguf), headers={"Content-Length": str(size)})
+        response = await self._http.post(_blob(release), content=_chunks(release.gguf), headers={"Content-Length": str(size)})
         if response.status_code not in (200, 201):
             raise _failure(response.text, response.status_code)
 
@@ -141,6 +176,10 @@ class OllamaEngine:
     async def _digest(self, model: str) -> str:
         listed = await self._admin.list()
         return next((item.digest or "" for item in listed.models if item.model == model), "")
+
+
+def _blob(release: Release) -> str:
+    return f"/api/blobs/sha256:{release.sha256}"
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

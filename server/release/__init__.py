@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from server.release.keeper import Keeper, no_release
+from server.release.keeper import Keeper, first_look, no_release
 
-__all__ = ["Keeper", "no_release"]
+__all__ = ["Keeper", "first_look", "no_release"]

@@ -171,5 +171,14 @@ class Keeper:
         self._refused = why if self._live else ""
 
 
+def first_look(releases: Path, state: Path) -> str | None:
+    """What a gateway that starts now will serve, in a line; None: nothing. Raises ReleaseError."""
+    if wanted := State(state).read():
+        return f"{wanted.live.release.model}, which was loaded from {wanted.live.directory}"
+    if directory := manifest.find(releases):
+        return f"{manifest.read(directory).model} in {directory}, every file as it was released"
+    return None
+
+
 def no_release(releases: Path) -> str:
     return f"no release yet in {releases}: make one with `make demo` (any laptop) or `make train` (a GPU); it is picked up by itself"
