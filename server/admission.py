@@ -119,13 +119,15 @@ class Admission:
 class Answer:
     """One answer on its way: a slot, and the engine's events. Leaving the `async with` gives both back, at any moment.
 
-    `start()` waits for the slot and the first event, so that an error before it still gets a status of its own.
+    `start()` waits for the slot and the first event, so that an error before it still gets a status of its own; a 12B on a CPU
+    may take minutes for that, longer than a proxy bears silence, so that a stream stops waiting after `patience_s`.
     """
 
     def __init__(self, admission: Admission, events: AsyncGenerator[Event]) -> None:
         self._admission = admission
         self._metrics = admission.metrics
         self._events = events
+        self._starting: asyncio.Task[None] | None = None
         self._first: Event | None = None
         self._inside = False
         self._counted = False
@@ -143,10 +145,21 @@ class Answer:
             self._error = error
         await self.aclose()
 
-    async def start(self) -> None:
+    async def start(self, patience_s: float | None = None) -> None:
+        """Wait for the slot and the first event. After `patience_s` without them it returns, and events() goes on waiting."""
+        self._starting = asyncio.create_task(self._start())
+        done, _ = await asyncio.wait({self._starting}, timeout=patience_s)
+        if done:
+            self._starting.result()
+
+    async def _start(self) -> None:
         clock = asyncio.get_running_loop().time
         asked_at = clock()
-        await self._admission.enter(self)
+        try:
+            await self._admission.enter(self)
+        except ServerError as error:
+            self._error = error
+            raise
         self._inside = True
         entered_at = clock()
         self._metrics.wait.observe(entered_at - asked_at)
@@ -158,10 +171,13 @@ class Answer:
 
     async def events(self) -> AsyncGenerator[Event]:
         """The events, the last of them a Finish. Raises EngineError when the engine breaks off."""
+        if self._starting:
+            await self._starting
         event = self._first
         while event is not None:
             if isinstance(event, Finish):
                 self._finished(event)
+                await self.aclose()  # the engine is free while the client still reads
                 yield event
                 return
             yield event
@@ -169,6 +185,9 @@ class Answer:
 
     async def aclose(self) -> None:
         """Cancel what is left upstream and give the slot back; calling it twice is fine."""
+        if self._starting:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         try:
             await self._events.aclose()
         finally:

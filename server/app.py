@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from server import metrics, page
+from server import docs, metrics, page
 from server.admission import Admission, Timeouts
 from server.auth import Guard, Keys, is_loopback
 from server.engines import Engine
@@ -30,6 +30,11 @@ def make_engine(settings: Settings) -> Engine:
         from server.engines.ollama import OllamaEngine
 
         return OllamaEngine(str(settings.ollama_url), settings.slots)
+    if settings.engine == "openai":
+        from server.engines.openai import OpenAIEngine
+
+        key = settings.openai_key.get_secret_value() if settings.openai_key else ""
+        return OpenAIEngine(str(settings.openai_url), settings.slots, key, settings.openai_model)
     from server.engines.embedded import EmbeddedEngine
 
     return EmbeddedEngine(settings.slots, settings.num_threads, settings.start_timeout_s)
@@ -56,7 +61,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             await asyncio.gather(keeping, return_exceptions=True)
             await engine.close()
 
-    # No docs page: FastAPI's own loads its scripts from a CDN.
+    # server.docs has the pages: FastAPI's own load their scripts from a CDN.
     app = FastAPI(title="Trinity", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.admission = admission
     _guard(app, settings, counts)
@@ -65,6 +70,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_exception_handler(Exception, on_bug)
     app.include_router(router(Gateway(settings, engine, keeper, admission)))
     app.include_router(_metrics(counts, keeper))
+    app.include_router(docs.router())
     app.include_router(page.router())
     return app
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 
@@ -26,6 +27,7 @@ class Wishes:
     repeat_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class ChatRequest:
     repeat_penalty: float
     seed: int | None
     stop: tuple[str, ...]
+    schema: Mapping[str, Any] | None = None
+    """JSON Schema that the answer must meet as a JSON text; an engine that cannot do this one raises BadRequest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,19 @@ from server.manifest import Prompt
 T = TypeVar("T")
 
 
-def request(messages: Sequence[Message], wishes: Wishes, prompt: Prompt) -> ChatRequest:
+def check_size(messages: Sequence[Message], max_messages: int, max_chars: int) -> None:
+    """Raises BadRequest with both numbers: the conversation has too many messages, or one is too long."""
+    if len(messages) > max_messages:
+        raise BadRequest(f"messages: there are {len(messages)}, and {max_messages} are read: leave out the oldest turns")
+    for number, message in enumerate(messages):
+        if (length := len(message.content)) > max_chars:
+            raise BadRequest(f"messages[{number}].content has {length} characters, and {max_chars} are read: shorten it")
+
+
+def request(messages: Sequence[Message], wishes: Wishes, prompt: Prompt, max_tokens: int | None = None) -> ChatRequest:
     """A conversation as the engine gets it, with the release's sampling where the client wished nothing.
+
+    `max_tokens`: longest answer that this server gives, tokens; who wishes for more gets this.
 
     Raises:
         BadRequest: the turns do not alternate, or there is nothing to answer.
@@ -25,7 +36,7 @@ def request(messages: Sequence[Message], wishes: Wishes, prompt: Prompt) -> Chat
     sampling = prompt.sampling
     return ChatRequest(
         messages=clean(messages, prompt),
-        max_tokens=min(_or(wishes.max_tokens, sampling.num_predict), prompt.num_ctx),
+        max_tokens=min(_or(wishes.max_tokens, sampling.num_predict), prompt.num_ctx, _or(max_tokens, prompt.num_ctx)),
         temperature=_or(wishes.temperature, sampling.temperature),
         top_k=_or(wishes.top_k, sampling.top_k),
         top_p=_or(wishes.top_p, sampling.top_p),
@@ -33,6 +44,7 @@ def request(messages: Sequence[Message], wishes: Wishes, prompt: Prompt) -> Chat
         repeat_penalty=_or(wishes.repeat_penalty, sampling.repeat_penalty),
         seed=wishes.seed,
         stop=(*prompt.stop, *(text for text in wishes.stop if text not in prompt.stop)),
+        schema=wishes.schema,
     )
 
 

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server import conversation, translate
+from server import conversation, docs, translate
 from server.admission import Admission, Answer
-from server.chat import Event
+from server.chat import ChatRequest, Event
+from server.docs import STREAM, failures
 from server.engines import Engine
+from server.errors import NotReady, ReleaseError
+from server.manifest import Release
 from server.release import Keeper
 from server.replies import EventStream, read, unless_gone
-from server.schemas import ChatBody, CompletionBody
+from server.schemas import Alive, ChatBody, ChatReply, CompletionBody, CompletionReply, ModelList, Ready
 from server.settings import Settings
+from server.structured import whole_json
 
 CHAT_EXAMPLE = '{"message": "Hello"}'
 COMPLETION_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -39,26 +43,32 @@ class Gateway:
         Raises:
             NotReady, ReleaseError: nothing is served. BadRequest: the conversation or the model's name cannot be.
         """
+        conversation.check_size(asked.messages, self.settings.max_messages, self.settings.max_message_chars)
         release = self.keeper.serving()
         translate.check_model(asked.model, release)
-        conversation.request(asked.messages, asked.wishes, release.manifest.prompt)  # what cannot be is refused before it waits
+        self._request(asked, release)  # what cannot be is refused before it waits
         return Answer(self.admission, self._events(asked)), release.model
 
     async def _events(self, asked: translate.Asked) -> AsyncGenerator[Event]:
         """The answer of the release that is served once it is this request's turn; that one stays loaded until the end."""
         async with self.keeper.lease() as release:
-            request = conversation.request(asked.messages, asked.wishes, release.manifest.prompt)
-            async with aclosing(self.engine.chat(release.model, request)) as events:
+            request = self._request(asked, release)
+            answer = self.engine.chat(release.model, request)
+            async with aclosing(answer if request.schema is None else whole_json(answer)) as events:
                 async for event in events:
                     yield event
+
+    def _request(self, asked: translate.Asked, release: Release) -> ChatRequest:
+        return conversation.request(asked.messages, asked.wishes, release.manifest.prompt, self.settings.max_answer_tokens)
 
 
 def router(gateway: Gateway) -> APIRouter:
     paths = APIRouter()
     limit = gateway.settings.max_body_bytes
 
-    @paths.post("/chat")
+    @paths.post("/chat", response_model=ChatReply, responses=STREAM | failures(), openapi_extra=docs.body(ChatBody, CHAT_EXAMPLE))
     async def chat(request: Request) -> Response:
+        """One question or a whole conversation; one JSON object, or server-sent events that end in [DONE]."""
         body = await read(request, ChatBody, limit, CHAT_EXAMPLE)
         asked = translate.chat(body, "text/event-stream" in request.headers.get("accept", ""))
         answer, model = gateway.answer(asked)
@@ -67,8 +77,11 @@ def router(gateway: Gateway) -> APIRouter:
             return await _stream(gateway, request, answer, "", translate.chat_events(id, model))
         return JSONResponse(translate.chat_reply(id, model, await _whole(request, answer)))
 
-    @paths.post("/v1/chat/completions")
+    described = docs.body(CompletionBody, COMPLETION_EXAMPLE)
+
+    @paths.post("/v1/chat/completions", response_model=CompletionReply, responses=STREAM | failures(), openapi_extra=described)
     async def completions(request: Request) -> Response:
+        """OpenAI's chat completion, for every client of it: base URL SERVER/v1, and any key where the server has none."""
         body = await read(request, CompletionBody, limit, COMPLETION_EXAMPLE)
         asked = translate.completion(body)
         answer, model = gateway.answer(asked)
@@ -78,18 +91,22 @@ def router(gateway: Gateway) -> APIRouter:
             return await _stream(gateway, request, answer, *translate.completion_events(id, model, created, include_usage))
         return JSONResponse(translate.completion_reply(id, model, created, await _whole(request, answer)))
 
-    @paths.get("/v1/models")
+    @paths.get("/v1/models", response_model=ModelList, responses=failures(docs.ASKED), openapi_extra={"security": docs.GUARDED})
     async def models() -> Response:
-        return JSONResponse(translate.models(gateway.keeper.serving()))
+        """The model that is served, where it comes from, and what computes it."""
+        release = gateway.keeper.serving()
+        status = await gateway.engine.status(release.model)
+        return JSONResponse(translate.models(release, gateway.settings.engine, status.device))
 
-    @paths.get("/healthz")
+    @paths.get("/healthz", response_model=Alive, responses=failures(()))
     async def healthz() -> Response:
         """The process lives; says nothing about the engine."""
         return JSONResponse({"status": "ok"})
 
-    @paths.get("/readyz")
+    @paths.get("/readyz", response_model=Ready, responses=failures((NotReady, ReleaseError)))
     async def readyz() -> Response:
         """The release is loaded and its engine would answer now; else 503 with what to do."""
+        gateway.admission.check()
         detail = await gateway.keeper.ready()
         return JSONResponse({"status": "ready", "model": gateway.keeper.serving().model, "engine": detail})
 
@@ -106,9 +123,10 @@ async def _whole(request: Request, answer: Answer) -> translate.Whole:
 
 
 async def _stream(gateway: Gateway, request: Request, answer: Answer, opening: str, write: translate.Writer) -> Response:
-    """Headers go out only once the first event is there: what fails before that is a plain error with its own status."""
+    """Headers go out once the first event is there, so that what fails before is a plain error with its own status; or, for the
+    sake of proxies, once nothing came for so long that a comment is due."""
     async with AsyncExitStack() as undo:
         await undo.enter_async_context(answer)
-        await unless_gone(request.receive, answer.start())
+        await unless_gone(request.receive, answer.start(gateway.settings.ping_s))
         undo.pop_all()  # the stream owns the answer from here on
     return EventStream(answer, opening, write, gateway.settings.ping_s, request.state.request_id)

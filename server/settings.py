@@ -77,10 +77,10 @@ class Settings(BaseSettings):
     openai_key: SecretStr | None = None
     """Its key; rather a variable or a line of the file than a flag, which everybody on this machine can read."""
     openai_model: str = ""
-    """The model's name there; empty takes the only one that it lists."""
+    """The model's name there, where it is not the release's own (NAME:RELEASE): whoever sets it vouches for what it holds."""
     threads: int = Field(0, ge=0)
     """Threads of the embedded engine; 0 takes every core that this process may use."""
-    slots: int = Field(1, ge=1, le=64)
+    slots: int = Field(1, ge=1, le=10_000)
     """Answers computed at the same time; with Ollama the same number as its OLLAMA_NUM_PARALLEL."""
     engine_models: int = Field(1, ge=1)
     """Models that the engine may hold at the same time, Ollama's OLLAMA_MAX_LOADED_MODELS: with 1, requests wait while a release is loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from server.chat import Delta, Event, Finish, Message, Usage, Wishes
@@ -34,7 +35,8 @@ def chat(body: ChatBody, wants_events: bool) -> Asked:
 
 def completion(body: CompletionBody) -> Asked:
     messages = tuple(Message("system" if item.role == "developer" else item.role, item.content) for item in body.messages)
-    return Asked(messages, _wishes(body, body.max_completion_tokens or body.max_tokens), bool(body.stream), body.model)
+    wishes = replace(_wishes(body, body.max_completion_tokens or body.max_tokens), schema=body.schema_wished)
+    return Asked(messages, wishes, bool(body.stream), body.model)
 
 
 def _wishes(body: Sampling, max_tokens: int | None) -> Wishes:
@@ -134,13 +136,19 @@ def completion_events(id: str, model: str, created: int, include_usage: bool) ->
     return chunk({"role": "assistant", "content": ""}), write
 
 
-def models(release: Release) -> dict[str, Any]:
-    """OpenAI's list of models: the one that is served."""
-    entry = {
-        "id": release.manifest.name,
-        "object": "model",
-        "created": int(release.manifest.created.timestamp()),
-        "owned_by": "trinity",
-        "release": release.manifest.release,
+def models(release: Release, engine: str, device: str) -> dict[str, Any]:
+    """OpenAI's list of models: the one that is served, with where it comes from and what computes it."""
+    manifest = release.manifest
+    provenance = {
+        "release": manifest.release,
+        "created": manifest.created.isoformat(),
+        "base": manifest.base,
+        "adapter": manifest.adapter,
+        "quantization": manifest.quantization,
+        "sha256": release.sha256,
+        "num_ctx": manifest.prompt.num_ctx,
+        "engine": engine,
+        "device": device,
     }
-    return {"object": "list", "data": [entry]}
+    head = {"id": manifest.name, "object": "model", "created": int(manifest.created.timestamp()), "owned_by": "trinity"}
+    return {"object": "list", "data": [{**head, "trinity": provenance}]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from server.chat import ChatRequest, Event, Message
 from server.manifest import Release
@@ -18,6 +18,8 @@ class Status:
     """sha256 of the GGUF that is loaded, or the engine's own name for it; empty when nothing is."""
     detail: str
     """One line for people: version and device, or what is wrong."""
+    device: Literal["cpu", "gpu", "cpu and gpu", ""] = ""
+    """What it computes on; empty: the engine does not say."""
 
 
 class Engine(Protocol):

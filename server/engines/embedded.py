@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 
@@ -24,7 +24,7 @@ from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status, probes
 from server.engines.lines import lines
-from server.errors import EngineError, PromptTooLong, SetupError
+from server.errors import BadRequest, EngineError, PromptTooLong, SetupError
 from server.manifest import Release
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Child:
         self.release = release
         self.num_ctx = release.manifest.prompt.num_ctx
         self.address = ""
+        self.device: Literal["cpu", "gpu", ""] = ""
         self.key = secrets.token_hex(16)
         self._slots, self._threads = slots, threads
         self._settings = {"gguf": str(release.gguf), "num_ctx": self.num_ctx, "slots": slots, "threads": threads, "key": self.key}
@@ -77,7 +78,8 @@ class Child:
         if not line:
             await self.close()
             raise EngineError(f"llama.cpp did not load {self.release.gguf}: {self.last_words}")
-        self.address = json.loads(line)["address"]
+        told = json.loads(line)
+        self.address, self.device = told["address"], told["device"]
 
     def another(self) -> Child:
         """The same once more, not started."""
@@ -200,7 +202,7 @@ class EmbeddedEngine:
             call = self._http.stream("POST", f"{child.address}/completion", json=_completion(ids, request), headers=_auth(child))
             async with call as response:
                 if response.status_code != 200:
-                    raise EngineError(f"llama.cpp answers {response.status_code}: {(await response.aread()).decode()[:300]}")
+                    raise _refusal((await response.aread()).decode("utf-8", "replace"), response.status_code, request)
                 async for line in lines(response.aiter_bytes()):
                     for event in _events(line):
                         yield event
@@ -218,7 +220,7 @@ class EmbeddedEngine:
             return Status(False, "", f"{model} is not loaded")
         child = self._kept[model].child
         detail = "llama.cpp in a child process" if child.alive else "llama.cpp died and is being started again"
-        return Status(child.alive, child.release.sha256 if child.alive else "", detail)
+        return Status(child.alive, child.release.sha256 if child.alive else "", detail, child.device)
 
     async def unload(self, model: str) -> None:
         if kept := self._kept.pop(model, None):
@@ -295,7 +297,15 @@ def _completion(ids: Sequence[int], request: ChatRequest) -> dict[str, Any]:
         "stream": True,
         "cache_prompt": True,
     }
-    return body if request.seed is None else {**body, "seed": request.seed}
+    chosen = {"seed": request.seed, "json_schema": request.schema}
+    return body | {name: value for name, value in chosen.items() if value is not None}
+
+
+def _refusal(text: str, status: int, request: ChatRequest) -> EngineError | BadRequest:
+    """llama.cpp's error. A 400 is about what the client chose by itself, and that is the schema alone."""
+    if status == 400 and request.schema is not None:
+        return BadRequest(f"response_format: the schema is not one that llama.cpp can follow: {text[:300]}")
+    return EngineError(f"llama.cpp answers {status}: {text[:300]}")
 
 
 def _events(line: str) -> list[Event]:

@@ -1,7 +1,7 @@
 """The embedded engine's child process: llama.cpp's own HTTP server on a free port of the loopback.
 
 Run as a file, not as a module, and imports nothing of the gateway. Reads one JSON line from stdin (gguf, num_ctx, slots,
-threads, key), prints one JSON line with the address, and lives until stdin closes: the kernel closes it when the gateway
+threads, key), prints one JSON line with address and device, and lives until stdin closes: the kernel closes it when the gateway
 dies, however it dies, so no llama.cpp is ever left behind.
 """
 
@@ -37,12 +37,19 @@ def serve(settings: dict[str, Any]) -> Any:
     return xllamacpp.Server(params)
 
 
+def device() -> str:
+    """llama.cpp puts every layer on a graphics card where it has one."""
+    import xllamacpp
+
+    return "gpu" if any(found["type"].name.endswith("GPU") for found in xllamacpp.get_device_info()) else "cpu"
+
+
 def main() -> None:
     settings = json.loads(sys.stdin.readline())
     # A thread of its own sees the parent die even while the model is being loaded.
     threading.Thread(target=_until_parent_dies, daemon=True).start()
     server = serve(settings)
-    print(json.dumps({"address": server.listening_address}), flush=True)
+    print(json.dumps({"address": server.listening_address, "device": device()}), flush=True)
     threading.Event().wait()
 
 

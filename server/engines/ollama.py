@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx  # the package ollama's own, whose errors it lets through
 import httpx2
@@ -97,6 +97,8 @@ class OllamaEngine:
 
     async def chat(self, model: str, request: ChatRequest) -> AsyncGenerator[Event]:
         body = {**_body(model, request.messages), "stream": True, "options": _options(request)}
+        if request.schema is not None:
+            body["format"] = request.schema
         try:
             async with self._http.stream("POST", "/api/chat", json=body) as response:
                 if response.status_code != 200:
@@ -126,12 +128,12 @@ class OllamaEngine:
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 version = (await self._http.get("/api/version")).json()["version"]
-                digest = await self._digest(model)
+                digest, device = await self._digest(model), await self._device(model)
         except (*NOT_THERE, ValueError, KeyError) as error:
             return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
         if not digest or digest != self._digests.get(model, digest):
             return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded: load it again")
-        return Status(True, digest, f"Ollama {version} at {self.url}")
+        return Status(True, digest, f"Ollama {version} at {self.url}", device)
 
     async def unload(self, model: str) -> None:
         """Once its last answer is given; Ollama loads nothing for this."""
@@ -176,6 +178,14 @@ class OllamaEngine:
     async def _digest(self, model: str) -> str:
         listed = await self._admin.list()
         return next((item.digest or "" for item in listed.models if item.model == model), "")
+
+    async def _device(self, model: str) -> Literal["cpu", "gpu", "cpu and gpu", ""]:
+        running = await self._admin.ps()
+        found = next((item for item in running.models if item.model == model), None)
+        if found is None or not found.size:
+            return ""
+        on_gpu = found.size_vram or 0
+        return "cpu" if not on_gpu else "gpu" if on_gpu >= found.size else "cpu and gpu"
 
 
 def _blob(release: Release) -> str:

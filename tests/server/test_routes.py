@@ -91,10 +91,15 @@ async def test_openais_completion_comes_whole_and_in_chunks(releases: Path) -> N
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": "y"}}}, "schema"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"stream": "yes"}, "stream"),
         ({"messages": []}, "messages"),
     ],
 )
@@ -146,6 +151,38 @@ async def test_a_conversation_that_cannot_be_is_refused_with_the_place(releases:
         reply = await client.post("/chat", json=body)
     assert reply.status_code == 400
     assert words in error(reply)["message"]
+
+
+async def test_a_conversation_beyond_this_server_s_limits_is_refused_with_both_numbers_and_an_answer_is_cut_to_them(releases: Path) -> None:
+    engine = ScriptedEngine()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2] + [{"role": "user", "content": "x"}]
+    async with serving(engine, releases, max_messages=4, max_message_chars=9, max_answer_tokens=50) as client:
+        many = await client.post("/chat", json={"messages": turns})
+        long = await client.post("/chat", json={"message": "x" * 10})
+        wished = await client.post("/chat", json={"message": "x", "max_tokens": 60})
+        unwished = await client.post("/chat", json={"message": "x"})
+    assert (many.status_code, long.status_code, wished.status_code, unwished.status_code) == (400, 400, 200, 200)
+    assert "there are 5, and 4 are read" in error(many)["message"]
+    assert "messages[0].content has 10 characters, and 9 are read" in error(long)["message"]
+    assert [request.max_tokens for request in engine.asked] == [50, 50]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+async def test_a_schema_reaches_the_engine_and_an_answer_that_is_no_json_is_an_error(releases: Path) -> None:
+    wish = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": wish}
+    engine = ScriptedEngine([Delta('{"a": '), Delta("1}"), Finish("stop", Usage(1, 2))])
+    async with serving(engine, releases) as client:
+        well = await client.post("/v1/chat/completions", json=body)
+        engine.script = ScriptedEngine().script
+        ill = await client.post("/v1/chat/completions", json=body)
+        stream = await client.post("/v1/chat/completions", json=body | {"stream": True})
+    assert engine.asked[0].schema == SCHEMA
+    assert well.json()["choices"][0]["message"]["content"] == '{"a": 1}'
+    assert (ill.status_code, error(ill)["code"]) == (502, "engine_failed")
+    assert sse(stream.text)[-1]["error"]["code"] == "engine_failed"
 
 
 @pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
@@ -205,7 +242,7 @@ async def test_an_unknown_model_path_or_method_has_the_same_shape_of_error(relea
             await client.post("/chat", json={"message": "Hi", "model": "gpt-9"}),
             await client.get("/nothing"),
             await client.get("/chat"),
-            await client.get("/docs"),
+            await client.get("/chat/x"),
         ]
         named = await client.post("/chat", json={"message": "Hi", "model": MODEL})
     assert [reply.status_code for reply in replies] == [404, 404, 405, 404]
@@ -238,7 +275,7 @@ async def test_an_engine_that_breaks_off_is_a_502_and_in_a_stream_an_error_event
 
 async def test_an_engine_that_falls_silent_is_stopped(releases: Path) -> None:
     engine = ScriptedEngine([30.0, *ScriptedEngine().script])
-    async with serving(engine, releases, stall_timeout_s=0.1) as client:
+    async with serving(engine, releases, first_token_timeout_s=0.1) as client:
         reply = await client.post("/chat", json={"message": "Hi"})
     assert (reply.status_code, error(reply)["code"]) == (504, "engine_stalled")
     assert (engine.running, engine.cancelled) == (0, 1)
@@ -251,6 +288,33 @@ async def test_a_bug_of_ours_keeps_the_shape_and_tells_the_client_nothing(releas
     assert (reply.status_code, error(reply)["code"]) == (500, "internal_error")
     assert "secret" not in reply.text
     assert again.status_code == 200
+
+
+async def test_a_stream_whose_first_token_takes_long_carries_pings_and_then_an_error_is_an_event(releases: Path) -> None:
+    body = {"message": "Hi", "stream": True}
+    engine = ScriptedEngine([0.35, *ScriptedEngine().script])
+    async with serving(engine, releases, ping_s=0.1) as client:
+        late = await client.post("/chat", json=body)
+        engine.script = [0.3, EngineError("gone")]
+        failed = await client.post("/chat", json=body)
+        engine.script = [EngineError("gone")]
+        at_once = await client.post("/chat", json=body)
+    assert (late.status_code, late.text.startswith(": ping\n\n"), sse(late.text)[-1]) == (200, True, "[DONE]")
+    assert (failed.status_code, sse(failed.text)[-1]["error"]["message"]) == (200, "gone")
+    assert (at_once.status_code, error(at_once)["message"]) == (502, "gone")
+
+
+async def test_a_stream_that_waits_for_a_slot_carries_pings_and_leaves_the_queue_with_its_client(releases: Path) -> None:
+    engine = ScriptedEngine([Delta("a"), 0.5, Finish("stop", Usage(1, 1))])
+    async with serving(engine, releases, ping_s=0.1, waiting=1) as client:
+        first = asyncio.create_task(client.post("/chat", json={"message": "1"}))
+        await until(lambda: engine.running == 1)
+        async with client.stream("POST", "/chat", json={"message": "2", "stream": True}) as waiting:
+            assert await anext(waiting.aiter_text()) == ": ping\n\n"
+        await asyncio.sleep(0.1)
+        third = await client.post("/chat", json={"message": "3"})
+        assert (await first).status_code == third.status_code == 200
+    assert [request.messages[0].content for request in engine.asked] == ["1", "3"]
 
 
 async def test_an_idle_stream_carries_pings(releases: Path) -> None:
@@ -314,10 +378,19 @@ async def _read_some(client: httpx2.AsyncClient, body: dict[str, Any]) -> None:
             pass
 
 
-async def test_models_lists_the_one_that_is_served(releases: Path) -> None:
+async def test_models_lists_the_one_that_is_served_and_where_it_comes_from(releases: Path) -> None:
     async with serving(ScriptedEngine(), releases) as client:
         listed = (await client.get("/v1/models")).json()
-    assert [(entry["id"], entry["release"]) for entry in listed["data"]] == [("trinity", "small-0123456789ab")]
+    (entry,) = listed["data"]
+    provenance = entry.pop("trinity")
+    assert entry == {"id": "trinity", "object": "model", "created": 1795564800, "owned_by": "trinity"}
+    assert (provenance["release"], provenance["base"]["name"], provenance["adapter"]["rank"], provenance["num_ctx"]) == (
+        "small-0123456789ab",
+        "embedded:gemma-3-270m",
+        64,
+        4096,
+    )
+    assert (provenance["quantization"], provenance["engine"], provenance["device"]) == ("q4_k_m", "embedded", "")
 
 
 async def test_a_request_id_of_the_client_is_kept_if_it_is_sane(releases: Path) -> None:
