@@ -25,7 +25,7 @@ from server.admission import Admission
 from server.errors import SetupError, Shown
 from server.settings import Settings
 
-FAREWELL_S = 5
+FAREWELL_S = 3
 """How long replies that are no answers of the engine may take once those have ended."""
 BAD_HTTP = Shown(400, "invalid_request_error", "bad_http")
 TOO_MANY = Shown(503, "overloaded_error", "too_many_connections", 2)
