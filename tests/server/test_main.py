@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +109,65 @@ def test_a_release_is_served_by_the_embedded_engine_which_may_die_and_dies_with_
         wait_for(lambda: not lives(child))
     said = "\n".join(running.lines)
     assert "POST /chat" in said and probe.messages[0].content not in said, "prompts are nobody's business in a log"
+
+
+def test_a_key_is_all_that_key_prints_and_opens_at_once_what_it_closes(tmp_path: Path) -> None:
+    with gateway("--releases", str(tmp_path), "--state", str(tmp_path)) as running:
+        assert running.http.get("/v1/models").status_code == 503
+        code, made = run("key", "--state", str(tmp_path), "--name", "alice", "--key-requests-per-minute", "2")
+        assert (code, made.count("\n")) == (0, 1) and made.startswith("tr-")
+        assert running.http.get("/v1/models").status_code == 401
+        running.http.headers["Authorization"] = f"Bearer {made.strip()}"
+        asked = [running.http.post("/chat", json={"message": "Hi"}).status_code for _ in range(3)]
+        assert asked == [503, 503, 429], "no release yet, and then the key's own limit"
+        assert run("key", "--state", str(tmp_path), "--remove", "alice")[0] == 0
+        assert running.http.get("/v1/models").status_code == 503
+    assert made.strip() not in "\n".join(running.lines)
+    code, text = run("key", "--state", str(tmp_path), "--remove", "alice")
+    assert (code, text.count("\n")) == (2, 1) and "no key named alice" in text
+
+
+def test_the_first_start_beyond_the_loopback_makes_one_key_and_shows_it_once(tmp_path: Path) -> None:
+    flags = ("--releases", str(tmp_path), "--host", "0.0.0.0", "--keys", str(tmp_path / "volume" / "keys.json"))
+    with gateway(*flags) as running:
+        assert running.http.get("/v1/models").status_code == 401
+        said = "\n".join(running.lines)
+        [secret] = set(re.findall(r"tr-[A-Za-z0-9_-]{43}", said))
+        port = running.url.rpartition(":")[2]
+        assert f"http://localhost:{port}/#key={secret}" in said
+        assert running.http.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == 503
+    with gateway(*flags) as again:
+        assert again.http.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == 503
+    assert "tr-" not in "\n".join(again.lines)
+
+
+def test_check_says_what_is_well_and_what_is_not_without_starting_anything(tmp_path: Path) -> None:
+    small_release(tmp_path)
+    well = run("check", "--releases", str(tmp_path), "--state", str(tmp_path))
+    assert well[0] == 0
+    assert [line.split()[:2] for line in well[1].splitlines()] == [["ok", f"{name}:"] for name in ("settings", "keys", "release", "engine")]
+    (tmp_path / "keys.json").write_text("{")
+    ill = check_output("--releases", str(tmp_path / "none"), "--state", str(tmp_path), "--engine", "ollama", "--ollama-url", "http://127.0.0.1:1")
+    assert ill[0] == 2
+    assert [line.split()[:2] for line in ill[1].splitlines()][1:] == [["PROBLEM", f"{name}:"] for name in ("keys", "release", "engine")]
+    assert "make demo" in ill[1] and "ollama serve" in ill[1]
+    assert run("check", "--port", "x")[0] == 2
+
+
+def check_output(*flags: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "check", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, env=clean_environment()
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_a_log_for_programs_is_json_lines(tmp_path: Path) -> None:
+    with gateway("--releases", str(tmp_path), "--log-format", "json") as running:
+        running.http.get("/readyz", headers={"X-Request-ID": "mine"})
+    found = [json.loads(line) for line in running.lines if line.startswith("{")]
+    [line] = [line for line in found if line.get("request_id") == "mine"]
+    assert (line["path"], line["status"], line["level"]) == ("/readyz", 503, "info")
 
 
 def children(pid: int) -> list[int]:
