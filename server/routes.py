@@ -22,7 +22,7 @@ from server.release import Keeper
 from server.replies import EventStream, read, unless_gone
 from server.schemas import Alive, ChatBody, ChatReply, CompletionBody, CompletionReply, ModelList, Ready
 from server.settings import Settings
-from server.structured import whole_json
+from server.structured import checked, validator
 
 CHAT_EXAMPLE = '{"message": "Hello"}'
 COMPLETION_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -46,15 +46,15 @@ class Gateway:
         conversation.check_size(asked.messages, self.settings.max_messages, self.settings.max_message_chars)
         release = self.keeper.serving()
         translate.check_model(asked.model, release)
-        self._request(asked, release)  # what cannot be is refused before it waits
-        return Answer(self.admission, self._events(asked)), release.model
+        wished = self._request(asked, release).schema  # what cannot be is refused before it waits
+        events = self._events(asked)
+        return Answer(self.admission, events if wished is None else checked(events, validator(wished))), release.model
 
     async def _events(self, asked: translate.Asked) -> AsyncGenerator[Event]:
         """The answer of the release that is served once it is this request's turn; that one stays loaded until the end."""
         async with self.keeper.lease() as release:
             request = self._request(asked, release)
-            answer = self.engine.chat(release.model, request)
-            async with aclosing(answer if request.schema is None else whole_json(answer)) as events:
+            async with aclosing(self.engine.chat(release.model, request)) as events:
                 async for event in events:
                     yield event
 

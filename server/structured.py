@@ -1,34 +1,52 @@
-"""Answers that were asked to be JSON are JSON, or errors.
+"""Answers that were asked to meet a JSON schema do, or are errors.
 
-llama.cpp goes on without its grammar when it cannot parse what it made of a schema, says so in its log alone and answers 200
-(its issue 19051), and so does whatever is built on it.
+Engines steer by the schema, but give it up when they cannot follow it: llama.cpp says so in its log alone and answers 200 (its
+issue 19051), and so does whatever is built on it. Hence the schema is read before an engine sees it, and the answer after.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Any
+
+import jsonschema_rs
 
 from server.chat import Delta, Event
-from server.errors import EngineError
+from server.errors import BadRequest, EngineError
 
 
-async def whole_json(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
-    """The events as they come; raises EngineError instead of a Finish that would end something else. A cut answer is no JSON and says so."""
+def validator(schema: Mapping[str, Any]) -> jsonschema_rs.Validator:
+    """What decides whether an answer meets `schema`. It fetches nothing, and its patterns take linear time.
+
+    Raises:
+        BadRequest: it is no JSON Schema, or refers to something outside of itself.
+    """
+    try:
+        return jsonschema_rs.validator_for(dict(schema), offline=True, pattern_options=jsonschema_rs.RegexOptions())
+    except (ValueError, jsonschema_rs.ReferencingError) as error:
+        message = str(error).partition("\n")[0][:300]
+        raise BadRequest(f"response_format.json_schema.schema: {message}") from error
+
+
+async def checked(events: AsyncGenerator[Event], schema: jsonschema_rs.Validator) -> AsyncGenerator[Event]:
+    """The events as they come; raises EngineError in place of a Finish that would end something else. A cut answer is cut."""
     parts: list[str] = []
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Delta):
                 parts.append(event.text)
-            elif event.reason == "stop" and (problem := _problem("".join(parts))):
-                raise EngineError(f"the answer is not the JSON that response_format asked for ({problem}): a simpler schema may help")
+            elif event.reason == "stop" and (problem := _problem("".join(parts), schema)):
+                raise EngineError(f"the answer is not what response_format asked for ({problem}): a simpler schema may help")
             yield event
 
 
-def _problem(text: str) -> str | None:
+def _problem(text: str, schema: jsonschema_rs.Validator) -> str | None:
     try:
-        json.loads(text)
+        schema.validate(json.loads(text))
+    except jsonschema_rs.ValidationError as error:
+        return error.message[:300]
     except ValueError as error:
-        return str(error)
+        return f"no JSON: {error}"
     return None

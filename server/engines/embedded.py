@@ -30,6 +30,8 @@ from server.manifest import Release
 log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("llamacpp_child.py")
+LIMITS = httpx2.Limits(max_keepalive_connections=0)
+"""llama.cpp's server may hang up between two requests of one connection, and the second is lost (seen); a new one costs 0.1 ms here."""
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Before the next start of a child that died; the last one for ever after."""
 
@@ -152,7 +154,7 @@ class EmbeddedEngine:
         self._threads = threads
         self._start_timeout_s = start_timeout_s
         # Time-outs belong to admission; only connecting may not hang.
-        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
+        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), limits=LIMITS, trust_env=False)
         self._kept: dict[str, Kept] = {}
         self._loading = asyncio.Lock()
 

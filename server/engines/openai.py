@@ -24,6 +24,8 @@ from server.manifest import Release
 
 LOOK_TIMEOUT_S = 5.0
 """For what must answer at once or counts as not there."""
+LIMITS = httpx2.Limits(max_keepalive_connections=0)
+"""llama-server may hang up between two requests of one connection, and the second is lost (seen)."""
 
 
 class OpenAIEngine:
@@ -34,7 +36,7 @@ class OpenAIEngine:
         self._model = model
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Time-outs belong to admission; only connecting may not hang.
-        self._http = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
+        self._http = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(None, connect=5.0), limits=LIMITS, trust_env=False)
         self._loaded: dict[str, tuple[str, int]] = {}
         """For each of our models its name there, and its context in tokens."""
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,9 +108,10 @@ class GatewayProcess:
     """A `python -m server` of its own."""
 
     def __init__(self, *flags: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "--port", "0", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=clean_environment()
-        )
+        self._state = tempfile.TemporaryDirectory()  # not the developer's own, with their keys
+        environment = clean_environment(TRINITY_STATE=self._state.name)
+        command = [sys.executable, "-m", "server", "--port", "0", *flags]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
         self._queue: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
@@ -148,6 +150,7 @@ class GatewayProcess:
         self._reader.join()
         if self.process.stderr:
             self.process.stderr.close()
+        self._state.cleanup()
         return code
 
 
@@ -220,6 +223,42 @@ class OllamaProcess:
         self.process.wait(timeout=30)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def llama_server(release: Release) -> Iterator[str]:
+    """The llama-server that Ollama's build brings, with `release` under its own name; yields its OpenAI address."""
+    found = ollama_binary()
+    binary = Path(found).resolve().parents[1] / "lib" / "ollama" / "llama-server" if found else None
+    if binary is None or not binary.is_file():
+        absent("no llama-server beside Ollama: name an Ollama that has one in TRINITY_OLLAMA")
+    port = free_port()
+    flags = {
+        "--model": release.gguf,
+        "--alias": release.model,
+        "--ctx-size": release.manifest.prompt.num_ctx,
+        "--parallel": 1,
+        "--threads": 1,
+    }
+    command = [str(binary), *(str(word) for flag in flags.items() for word in flag), "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _until_answers(f"{url}/health", 60)
+        yield f"{url}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _until_answers(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with suppress(httpx2.TransportError):
+            if httpx2.get(url, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
 
 
 @contextmanager

@@ -1,39 +1,55 @@
-"""What every engine must do, asked of each: the embedded one, and a real Ollama (marker e2e)."""
+"""What every engine must do, asked of each: the embedded one, llama.cpp's own server through its OpenAI API, and, with marker
+e2e, a real Ollama and the llama-server that comes with it.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Wishes
 from server.engines import Engine
-from server.engines.embedded import EmbeddedEngine
+from server.engines.embedded import Child, EmbeddedEngine
 from server.engines.ollama import OllamaEngine
-from server.errors import EngineError, PromptTooLong, ReleaseError
+from server.engines.openai import OpenAIEngine
+from server.errors import BadRequest, EngineError, PromptTooLong, ReleaseError
 from server.manifest import Release
-from tests.server.real import CONTRACT, OllamaProcess
+from server.structured import checked, validator
+from tests.server.real import CONTRACT, OllamaProcess, llama_server
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("ollama", marks=pytest.mark.e2e)])
+@pytest.fixture(
+    scope="module",
+    params=["embedded", "openai", pytest.param("ollama", marks=pytest.mark.e2e), pytest.param("llama-server", marks=pytest.mark.e2e)],
+)
 async def engine(request: pytest.FixtureRequest, release: Release) -> AsyncIterator[Engine]:
-    made = make(request)
-    await made.check()
-    await made.load(release)
-    yield made
-    await made.close()
+    async with AsyncExitStack() as closing:
+        made = await make(request.param, request, release, closing)
+        closing.push_async_callback(made.close)
+        await made.check()
+        await made.load(release)
+        yield made
 
 
-def make(request: pytest.FixtureRequest) -> Engine:
-    if request.param == "embedded":
+async def make(kind: str, request: pytest.FixtureRequest, release: Release, closing: AsyncExitStack) -> Engine:
+    if kind == "embedded":
         return EmbeddedEngine(slots=1, threads=1, start_timeout_s=120)
+    if kind == "openai":  # llama.cpp's HTTP server as xllamacpp brings it, which names its model by the file
+        child = Child(release, slots=1, threads=1)
+        closing.push_async_callback(child.close)
+        await child.start(120)
+        return OpenAIEngine(f"{child.address}/v1", slots=1, key=child.key, model=str(release.gguf))
+    if kind == "llama-server":
+        return OpenAIEngine(closing.enter_context(llama_server(release)), slots=1)
     process: OllamaProcess = request.getfixturevalue("ollama_process")
     return OllamaEngine(process.url, slots=1)
 
@@ -57,6 +73,15 @@ GOLDEN = [json.loads(line) for line in (CONTRACT / "conversations.jsonl").read_t
 async def test_renders_the_golden_conversations_letter_by_letter(engine: Engine, release: Release, golden: dict[str, object]) -> None:
     messages = [Message(**message) for message in golden["rewritten"]]  # type: ignore[attr-defined]
     assert await engine.render(release.model, messages) == golden["rendered"]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden["name"]))
+async def test_reads_the_golden_conversations_token_by_token(engine: Engine, release: Release, golden: dict[str, Any]) -> None:
+    messages = [Message(**message) for message in golden["messages"]]
+    request = conversation.request(messages, Wishes(max_tokens=1), release.manifest.prompt)
+    finish = (await events(engine, release, request))[-1]
+    assert isinstance(finish, Finish)
+    assert finish.usage.prompt_tokens == len(golden["ids"])
 
 
 async def test_a_stream_is_deltas_and_then_one_finish_that_counts_tokens(engine: Engine, release: Release) -> None:
@@ -91,6 +116,38 @@ async def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine: Engin
 async def test_a_line_separator_of_unicode_in_an_answer_tears_nothing(engine: Engine, release: Release, separator: str) -> None:
     request = replace(ask(f"one{separator} " * 30, release, max_tokens=24), stop=())
     assert separator in await text(engine, release, request)
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+
+
+async def test_a_schema_makes_the_answer_json_that_meets_it(engine: Engine, release: Release) -> None:
+    free = replace(ask("The capital of France is", release), max_tokens=100, stop=())
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(await text(engine, release, free))
+    answer = json.loads(await text(engine, release, replace(free, schema=CITY)))
+    assert list(answer) == ["city", "people"]
+    assert len(answer["city"]) <= 12 and 0 <= answer["people"] <= 99
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "pattern": "^a\\\\!$"}, {"not": {"type": "integer"}}, {"enum": ["a", 1, {"b": None}]}]
+)
+async def test_an_answer_that_ends_meets_even_a_schema_that_engines_give_up(
+    engine: Engine, release: Release, schema: dict[str, Any]
+) -> None:
+    request = replace(ask("The capital of France is", release, max_tokens=24), schema=schema)
+    with suppress(BadRequest, EngineError):
+        *deltas, finish = [event async for event in checked(engine.chat(release.model, request), validator(schema))]
+        assert isinstance(finish, Finish)
+        answer = "".join(event.text for event in deltas if isinstance(event, Delta))
+        assert finish.reason == "length" or validator(schema).is_valid(json.loads(answer))
+    assert await text(engine, release, ask("Hi", release, max_tokens=2))
 
 
 async def test_max_tokens_cuts_the_answer_and_says_so(engine: Engine, release: Release) -> None:
