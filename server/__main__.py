@@ -39,7 +39,6 @@ def serve(argv: Sequence[str]) -> int:
     with listen(chosen.host, chosen.port) as listener:
         if first_look(chosen.releases, chosen.state) is None:
             print(f"server: {no_release(chosen.releases)}", file=sys.stderr)
-        first_key(chosen, _address(chosen.host, listener))
         asyncio.run(_serve(chosen, listener))
     return 0
 
@@ -59,6 +58,7 @@ async def _serve(chosen: settings.Settings, listener: socket.socket) -> None:
     engine = make_engine(chosen)
     try:
         await engine.check()
+        first_key(chosen, _address(chosen.host, listener))
         app = create_app(chosen, engine)
     except SetupError:
         await engine.close()

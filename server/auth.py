@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import ForbiddenHost, ServerError, SetupError, Unauthorized
+from server.errors import BadHttp, ForbiddenHost, ServerError, SetupError, Unauthorized
 from server.limits import Limiter, Limits
 from server.manifest import explain
 from server.replies import refusal
@@ -212,9 +212,6 @@ class Guard:
             return
         state = scope.setdefault("state", {})
         state["caller"] = LOCAL
-        if scope["path"] in OPEN:
-            await self.app(scope, receive, send)
-            return
         try:
             caller = state["caller"] = self._caller(scope)
             # Looking is free; what costs the engine's time is posted.
@@ -226,7 +223,12 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:
+        """Raises BadHttp, ForbiddenHost or Unauthorized."""
         headers = scope["headers"]
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            raise BadHttp("Content-Length and Transfer-Encoding in one request: a proxy could see its end elsewhere than this server")
+        if scope["path"] in OPEN:
+            return LOCAL
         if self._local and not len(self._keys):
             self._check_host([value.decode("latin-1") for name, value in headers if name == b"host"])
             return LOCAL

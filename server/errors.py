@@ -26,6 +26,10 @@ class BadRequest(ServerError):
     """The client can mend it; the message names the field."""
 
 
+class BadHttp(BadRequest):
+    """What came is no HTTP, or two servers could read it in two ways."""
+
+
 class NotJson(BadRequest):
     """The body is no JSON."""
 
@@ -117,6 +121,7 @@ class Shown(NamedTuple):
 
 TABLE: Mapping[type[Exception], Shown] = {
     BadRequest: Shown(400, "invalid_request_error", "bad_request"),
+    BadHttp: Shown(400, "invalid_request_error", "bad_http"),
     NotJson: Shown(400, "invalid_request_error", "not_json"),
     NoJsonType: Shown(415, "invalid_request_error", "no_json_type"),
     TooLarge: Shown(413, "invalid_request_error", "body_too_large"),

@@ -12,6 +12,7 @@ import json
 import socket
 import uuid
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import FrameType
 from typing import ClassVar
 
@@ -22,12 +23,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server import errors
 from server.admission import Admission
-from server.errors import SetupError, Shown
+from server.errors import BadHttp, SetupError, Shown
 from server.settings import Settings
 
 FAREWELL_S = 3
 """How long replies that are no answers of the engine may take once those have ended."""
-BAD_HTTP = Shown(400, "invalid_request_error", "bad_http")
+BAD_HTTP = errors.TABLE[BadHttp]
 TOO_MANY = Shown(503, "overloaded_error", "too_many_connections", 2)
 
 
@@ -101,7 +102,7 @@ def _raw(row: Shown, message: str) -> bytes:
     """A whole reply for who has no request of their own yet."""
     id = uuid.uuid4().hex
     body = json.dumps(errors.body(message, row, id)).encode()
-    head = f"HTTP/1.1 {row.status} -\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nX-Request-ID: {id}\r\n"
+    head = f"HTTP/1.1 {row.status} {HTTPStatus(row.status).phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nX-Request-ID: {id}\r\n"
     retry = f"Retry-After: {row.retry_after_s}\r\n" if row.retry_after_s else ""
     return f"{head}{retry}Connection: close\r\n\r\n".encode() + body
 
@@ -147,10 +148,10 @@ def make_server(app: FastAPI, chosen: Settings) -> Server:
 def listen(host: str, port: int) -> socket.socket:
     """Bind before anything is loaded, so that a taken port is said at once. Raises SetupError."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError) as error:  # the latter for what cannot even be a name
         raise SetupError(f"--host {host}: no such address ({error})") from error
-    listener = socket.socket(family, kind)
+    listener = socket.socket(family, kind, proto)  # unless it says TCP by itself, asyncio leaves Nagle's 40 ms on
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

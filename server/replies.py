@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from server import errors, translate
 from server.admission import Answer
 from server.chat import Event
-from server.errors import BadRequest, BodyTooSlow, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
+from server.errors import BadHttp, BadRequest, BodyTooSlow, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
 from server.manifest import explain
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def refusal(error: ServerError, request_id: str) -> Response:
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     if row.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, BodyTooSlow | TooLarge):
+    if isinstance(error, BadHttp | BodyTooSlow | TooLarge):
         headers["Connection"] = "close"  # what is left of the body is not waited for
     return JSONResponse(errors.body(str(error), row, request_id), row.status, headers)
 

@@ -42,7 +42,11 @@ class Draining:
             await asyncio.sleep(0.1)
             self.server.should_exit = True
             await asyncio.sleep(0.2)
-            replies = {"ready": await client.get("/readyz"), "health": await client.get("/healthz"), "new": await client.post("/chat", json=HI)}
+            replies = {
+                "ready": await client.get("/readyz"),
+                "health": await client.get("/healthz"),
+                "new": await client.post("/chat", json=HI),
+            }
             self.seconds = time.monotonic()
             replies |= {name: await task for name, task in asked.items()}
             await asyncio.wait_for(running, 20)
@@ -84,7 +88,7 @@ async def test_a_client_that_does_not_read_cannot_hold_a_drain(releases: Path) -
     draining = Draining(releases, engine, drain_s=0.3)
     running = asyncio.create_task(draining.server.serve(sockets=[draining.listener]))
     await until(lambda: draining.server.started and bool(engine.loaded))
-    reader, writer = await asyncio.open_connection("127.0.0.1", draining.listener.getsockname()[1], limit=1024)
+    _, writer = await asyncio.open_connection("127.0.0.1", draining.listener.getsockname()[1], limit=1024)
     body = b'{"message":"a", "stream":true}'
     writer.write(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 30\r\n\r\n" + body)
     await until(lambda: engine.running == 1)

@@ -110,10 +110,10 @@ async def test_a_bug_s_line_carries_the_id_and_the_place_but_not_the_error_s_own
 
 def test_outside_of_requests_an_error_keeps_its_words() -> None:
     try:
-        raise ValueError("disk full")
+        int("disk full")
     except ValueError:
         text = Formatter().format(record("failed", logging.ERROR, exc_info=sys.exc_info()))
-    assert text.startswith("ERROR: failed\n") and "ValueError: disk full" in text and "test_logs.py" in text
+    assert text.startswith("ERROR: failed\n") and "ValueError: invalid literal" in text and "disk full" in text and "test_logs.py" in text
 
 
 def test_a_line_of_text_says_each_fact_once() -> None:

@@ -128,7 +128,8 @@ def test_a_key_is_all_that_key_prints_and_opens_at_once_what_it_closes(tmp_path:
 
 
 def test_the_first_start_beyond_the_loopback_makes_one_key_and_shows_it_once(tmp_path: Path) -> None:
-    flags = ("--releases", str(tmp_path), "--host", "0.0.0.0", "--keys", str(tmp_path / "volume" / "keys.json"))
+    everywhere = "0.0.0.0"  # noqa: S104  # what this test is about
+    flags = ("--releases", str(tmp_path), "--host", everywhere, "--keys", str(tmp_path / "volume" / "keys.json"))
     with gateway(*flags) as running:
         assert running.http.get("/v1/models").status_code == 401
         said = "\n".join(running.lines)
@@ -147,7 +148,9 @@ def test_check_says_what_is_well_and_what_is_not_without_starting_anything(tmp_p
     assert well[0] == 0
     assert [line.split()[:2] for line in well[1].splitlines()] == [["ok", f"{name}:"] for name in ("settings", "keys", "release", "engine")]
     (tmp_path / "keys.json").write_text("{")
-    ill = check_output("--releases", str(tmp_path / "none"), "--state", str(tmp_path), "--engine", "ollama", "--ollama-url", "http://127.0.0.1:1")
+    ill = check_output(
+        "--releases", str(tmp_path / "none"), "--state", str(tmp_path), "--engine", "ollama", "--ollama-url", "http://127.0.0.1:1"
+    )
     assert ill[0] == 2
     assert [line.split()[:2] for line in ill[1].splitlines()][1:] == [["PROBLEM", f"{name}:"] for name in ("keys", "release", "engine")]
     assert "make demo" in ill[1] and "ollama serve" in ill[1]
