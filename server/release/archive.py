@@ -135,10 +135,10 @@ def _members(path: Path) -> Iterator[Members]:
             with zipfile.ZipFile(path) as file:
                 yield _of_zip(path, file)
         else:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:gz" if path.name.lower().endswith("gz") else "r:") as tar:
                 yield _of_tar(path, tar)
     except BROKEN as error:
-        raise ReleaseError(f"{path}: cannot be unpacked ({error}): copy it again") from error
+        raise ReleaseError(f"{path}: cannot be unpacked ({error or type(error).__name__}): copy it again") from error
 
 
 def _of_zip(path: Path, file: zipfile.ZipFile) -> Members:

@@ -75,7 +75,7 @@ class Loader:
                 raise ReleaseError(f"{self._state.path} names no release before this one: there is nothing to go back to")
             return await self._activate(await asyncio.to_thread(_kept, wanted.previous), rolled_back=wanted.live.manifest.release)
 
-    async def watch(self, source: Path | None = None) -> None:
+    async def watch(self, source: Path | None = None, poll_s: float = WATCH_S) -> None:
         """For ever: load what is new there, but for what a rollback left."""
         source = source or self._settings.releases
         refused: tuple[object, ...] | None = None
@@ -93,7 +93,7 @@ class Loader:
                     self._say(f"not loaded, and tried again: {error}")
                     await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                     failures += 1
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(poll_s)
 
     async def _load_new(self, source: Path) -> None:
         found = await asyncio.to_thread(archive.find, source)

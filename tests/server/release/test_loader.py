@@ -1,0 +1,287 @@
+"""The loader against the embedded engine, and as the command that people run; with a real Ollama it is tests/e2e/test_release_load.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from server import manifest
+from server.engines.embedded import EmbeddedEngine
+from server.errors import ReleaseError
+from server.manifest import Release
+from server.release import cli
+from server.release.loader import Host, Loader
+from server.release.state import State
+from server.settings import Settings
+from tests.server.real import ROOT, clean_environment
+from tests.server.scripted import until
+
+pytestmark = pytest.mark.anyio
+KILLS = 5
+SECOND, THIRD = "second-0123456789ab", "third-0123456789ab"
+
+
+class Shop:
+    """A directory of releases with a loader of the embedded engine."""
+
+    def __init__(self, folder: Path, base: Release) -> None:
+        self.base = base
+        self.releases, self.state = folder / "gguf", State(folder / "state")
+        self.releases.mkdir()
+        self.said: list[str] = []
+
+    def add(self, name: str, change: Callable[[str], str] = lambda text: text) -> Path:
+        """The base release's files under another name."""
+        directory = self.releases / name
+        directory.mkdir()
+        for file in self.base.directory.iterdir():
+            if file.name != "manifest.json":
+                os.link(file, directory / file.name)
+        text = (self.base.directory / "manifest.json").read_text(encoding="utf-8")
+        (directory / "manifest.json").write_text(change(text.replace(self.base.manifest.release, name)), encoding="utf-8")
+        return directory
+
+    def loader(self, **changes: object) -> Loader:
+        chosen = Settings(**{"releases": self.releases, "state": self.state.directory, "threads": 1, **changes})  # type: ignore[arg-type]
+        return Loader(chosen, cast("Host", EmbeddedEngine(1, 1, 120)), self.said.append)
+
+    async def load(self, source: Path) -> None:
+        loader = self.loader()
+        await loader.load(source)
+        await loader._host.close()
+
+    def wanted(self) -> tuple[str, str]:
+        wanted = self.state.read()
+        assert wanted
+        return wanted.live.manifest.release, wanted.previous.manifest.release if wanted.previous else ""
+
+    def command(self, *words: str) -> list[str]:
+        flags = ["--releases", str(self.releases), "--state", str(self.state.directory), "--threads", "1"]
+        return [sys.executable, "-m", "server", "release", *words, *flags]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self.command(*words), cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*words), cwd=ROOT, capture_output=True, text=True, timeout=120, env=clean_environment())
+
+
+@pytest.fixture
+def shop(tmp_path: Path, release: Release) -> Shop:
+    return Shop(tmp_path, release)
+
+
+async def test_what_is_loaded_is_wanted_and_what_was_before_can_be_gone_back_to_and_forth(shop: Shop) -> None:
+    for name in (SECOND, THIRD):
+        await shop.load(shop.add(name))
+    assert shop.wanted() == (THIRD, SECOND)
+    await shop.load(shop.releases / THIRD)
+    assert shop.wanted() == (THIRD, SECOND), "loading the same again changes nothing"
+    loader = shop.loader()
+    await loader.rollback()
+    assert shop.wanted() == (SECOND, THIRD)
+    await loader.rollback()
+    assert shop.wanted() == (THIRD, SECOND)
+    await loader._host.close()
+
+
+@pytest.mark.parametrize("wrong", ["digest", "gguf", "probes", "memory"])
+async def test_a_bad_release_never_takes_the_place_of_a_good_one(shop: Shop, wrong: str) -> None:
+    await shop.load(shop.add(SECOND))
+    before = shop.state.path.read_bytes()
+    bad = shop.add(THIRD)
+    if wrong == "digest":
+        replace_file(bad / "model.gguf", flipped(shop.base.gguf.read_bytes()))
+    elif wrong == "gguf":
+        replace_file(bad / "model.gguf", shop.base.gguf.read_bytes()[: 1 << 20])
+        describe_anew(bad, "gguf")
+    elif wrong == "probes":
+        lines = (bad / "probes.jsonl").read_text(encoding="utf-8").replace("<start_of_turn>model", "<start_of_turn>modal")
+        replace_file(bad / "probes.jsonl", lines.encode())
+        describe_anew(bad, "probes")
+    words = {"digest": "was changed after", "gguf": "did not load", "probes": "renders another prompt", "memory": "of the engine's memory"}
+    done = shop.run("load", str(bad), *(["--engine-memory-bytes", "100000000"] if wrong == "memory" else []))
+    assert done.returncode == 2 and words[wrong] in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert shop.state.path.read_bytes() == before
+    assert not list(shop.state.directory.glob("releases/*"))
+
+
+def flipped(content: bytes) -> bytes:
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Not in place: the file is linked to the base release's."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def describe_anew(directory: Path, name: str) -> None:
+    """Make the manifest tell the truth about a file that was replaced: only an engine can see that it is bad."""
+    import hashlib
+
+    path = directory / "manifest.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    content = (directory / tree["files"][name]["path"]).read_bytes()
+    tree["files"][name] |= {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def pack(directory: Path) -> Path:
+    path = directory.with_suffix(".tar")
+    with tarfile.open(path, "w") as file:
+        file.add(directory, arcname=directory.name)
+    shutil.rmtree(directory)
+    return path
+
+
+async def test_an_archive_is_kept_unpacked_while_it_may_be_served_and_no_longer(shop: Shop) -> None:
+    packed = pack(shop.add(SECOND))
+    await shop.load(packed)
+    unpacked = shop.state.directory / "releases"
+    assert [path.name for path in unpacked.iterdir()] == [SECOND]
+    packed.unlink()
+    await shop.load(shop.add(THIRD))
+    await shop.loader().rollback()
+    assert shop.wanted() == (SECOND, THIRD), "a rollback needs no archive any more"
+    for name in ("fourth-0123456789ab", "fifth-0123456789ab"):
+        await shop.load(shop.add(name))
+    assert not list(unpacked.iterdir())
+
+
+async def test_a_disk_that_is_too_small_for_an_archive_is_said_before_it_is_unpacked(shop: Shop) -> None:
+    directory = shop.add(SECOND)
+    path = directory / "manifest.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    free = shutil.disk_usage(shop.releases).free
+    tree["files"]["gguf"]["num_bytes"] = free + 1
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    (directory / "model.gguf").unlink()
+    with (directory / "model.gguf").open("wb") as sparse:
+        sparse.truncate(free + 1)
+    archive = shop.releases / "r.tar"
+    write_sparse(archive, directory)
+    with pytest.raises(ReleaseError, match="does not fit on disk beside the release before it"):
+        await shop.loader().load(archive)
+    assert not list(shop.state.directory.glob("releases/*"))
+
+
+def write_sparse(path: Path, directory: Path) -> None:
+    """A tar whose GGUF is one hole: its list promises more bytes than there are on this disk."""
+    with tarfile.open(path, "w") as file:
+        for item in sorted(directory.iterdir(), key=lambda item: item.name == "model.gguf"):
+            info = tarfile.TarInfo(item.name)
+            info.size = item.stat().st_size
+            if item.name == "model.gguf":
+                assert file.fileobj
+                file.fileobj.write(info.tobuf())
+                file.fileobj.truncate(file.fileobj.tell() + -(-info.size // 512) * 512)
+                file.fileobj.seek(0, os.SEEK_END)
+            else:
+                with item.open("rb") as content:
+                    file.addfile(info, content)
+
+
+def test_two_loaders_take_turns(shop: Shop) -> None:
+    running = [shop.start("load", str(shop.add(name))) for name in (SECOND, THIRD)]
+    said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert sum("another loader is at work" in out for out, _ in said) == 1
+    assert sorted(shop.wanted()) == [SECOND, THIRD]
+
+
+def test_a_loader_that_is_killed_at_any_moment_leaves_the_old_or_the_new_and_the_next_one_finishes(shop: Shop) -> None:
+    """Real SIGKILLs, spread over a whole load: reading, unpacking, hashing, starting, probing, writing."""
+    assert shop.run("load", str(shop.add(SECOND))).returncode == 0
+    before = shop.state.path.read_bytes()
+    packed = pack(shop.add(THIRD))
+    began = time.monotonic()
+    assert shop.run("load", str(packed)).returncode == 0
+    whole_s = time.monotonic() - began
+    outcomes = []
+    for trial in range(KILLS):
+        shop.state.path.write_bytes(before)
+        shutil.rmtree(shop.state.directory / "releases", ignore_errors=True)
+        process = shop.start("load", str(packed))
+        time.sleep(whole_s * (trial + random.Random(trial).random()) / KILLS)
+        process.kill()
+        process.communicate()
+        outcomes.append(shop.wanted()[0])
+        for directory in (shop.state.directory / "releases").glob("*[0-9a-f]"):
+            assert manifest.read(directory).manifest.release == THIRD, "unpacked whole or not at all"
+    assert SECOND in outcomes and set(outcomes) <= {SECOND, THIRD}
+    assert shop.run("load", str(packed)).returncode == 0
+    assert shop.wanted() == (THIRD, SECOND)
+    assert sorted(path.name for path in shop.state.directory.glob("**/*") if path.is_dir()) == ["releases", THIRD], "nothing is left behind"
+
+
+async def test_watch_loads_what_becomes_current_but_not_what_a_rollback_left(shop: Shop) -> None:
+    loader = shop.loader()
+    current = shop.releases / "current"
+    shop.add(SECOND)
+    current.symlink_to(SECOND)
+    watching = asyncio.create_task(loader.watch(poll_s=0.05))
+    try:
+        await until(lambda: shop.state.path.exists() and shop.wanted()[0] == SECOND, 60)
+        broken = shop.add("broken-0123456789ab", lambda text: text.replace('"schema_version": 1', '"schema_version": 9'))
+        point(current, broken)
+        await until(lambda: any("schema_version is 9" in line for line in shop.said), 60)
+        point(current, shop.add(THIRD))
+        await until(lambda: shop.wanted() == (THIRD, SECOND), 60)
+        assert (await shop.loader().rollback()).rolled_back == THIRD
+        os.utime(shop.releases / THIRD / "manifest.json")
+        await asyncio.sleep(0.5)
+        assert shop.wanted() == (SECOND, THIRD)
+        point(current, shop.add("fourth-0123456789ab"))
+        await until(lambda: shop.wanted() == ("fourth-0123456789ab", SECOND), 60)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await loader._host.close()
+
+
+def point(link: Path, target: Path) -> None:
+    new = link.with_suffix(".new")
+    new.symlink_to(target)
+    new.replace(link)
+
+
+async def test_what_is_there_and_what_is_wanted_is_told(shop: Shop) -> None:
+    await shop.load(shop.add(SECOND))
+    await shop.load(shop.add(THIRD))
+    status, listed = shop.run("status").stdout, shop.run("list").stdout
+    assert f"wanted    trinity:{THIRD}" in status and f"previous  trinity:{SECOND}" in status
+    marks = {line.split()[5].partition(":")[2]: line.split()[4] for line in listed.splitlines()}
+    assert marks == {SECOND: "previous", THIRD: "wanted"}
+
+
+def test_a_command_that_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state", str(tmp_path / "state"), "--releases", str(tmp_path)]
+    for words, said in {
+        ("status",): "nothing was loaded yet",
+        ("upgrade",): "there are load, list, rollback and status",
+        ("rollback",): "there is nothing to go back to",
+        ("load",): "no release yet in",
+        ("load", "--engine", "openai"): "loads its own models",
+        ("load", str(tmp_path / "r.zip")): "no release yet in",
+    }.items():
+        assert cli.main([*words, *state]) == (0 if words == ("status",) else 2)
+        told = "".join(capsys.readouterr())
+        assert said in told and told.count("\n") == 1
+    assert cli.main(["--help"]) == 0 and "usage:" in capsys.readouterr().out
