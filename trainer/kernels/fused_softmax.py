@@ -43,7 +43,7 @@ def softmax_backward(
 
 
 @triton.jit
-def softmax_share_kernel(logits, targets, losses, share, lift, columns, BLOCK: tl.constexpr):
+def softmax_share_kernel(logits, targets, losses, share, lift, columns, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     most = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -64,7 +64,7 @@ def softmax_share_kernel(logits, targets, losses, share, lift, columns, BLOCK: t
         value = tl.load(logits + row * columns + at, mask=at < columns, other=0.0)
         grad = lift * (tl.exp(value - normaliser) - tl.where(at == target, 1.0, 0.0))
         tl.debug_barrier()  # share lies in the same memory, at half the stride: what is written now has been read by all
-        tl.store(share + row * 2 * columns + at, grad.to(share.dtype.element_ty), mask=at < columns)
+        tl.store(share + row * stride + at, grad.to(share.dtype.element_ty), mask=at < columns)
 
 
 LOSS_ROWS = 256
@@ -72,8 +72,9 @@ LOSS_ROWS = 256
 
 
 def softmax_share(logits_NV: Tensor, targets_N: Tensor, lift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The share is a view of the logits' memory."""
+    """A share of 16 bits is a view of the logits' memory; in float32 it has its own."""
     num, columns = logits_NV.shape
-    losses, share = logits_NV.new_empty(num), logits_NV.view(dtype)[:, :columns]
-    softmax_share_kernel[(num,)](logits_NV, targets_N, losses, share, lift, columns, BLOCK=4096, num_warps=16)
+    share = torch.empty_like(logits_NV) if dtype == torch.float32 else logits_NV.view(dtype)[:, :columns]
+    losses = logits_NV.new_empty(num)
+    softmax_share_kernel[(num,)](logits_NV, targets_N, losses, share, lift, columns, share.stride(0), BLOCK=4096, num_warps=16)
     return losses, share

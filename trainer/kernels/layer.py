@@ -193,7 +193,7 @@ class Layer(nn.Module):
             if kept_d is None:
                 d = self._product(down, p, m_down)
             else:
-                d = kept_d[rows]
+                d = _rescaled(kept_d[rows], self._get(tickets, batch, "c_d")[rows], c)
                 down.reduce(p, m_down)
             dd = ops.norms.rms_residual_backward(dx[rows], d, norms.mlp_after, eps, c, down.more)
             dp, of_down = self._gradients(down, dd, p, m_down, ops.rest.column_dot(dd, d), into=p)
@@ -213,10 +213,12 @@ class Layer(nn.Module):
             qkv = self._product(into, h, into.matrix())
         q, k, v = ops.norms.turn(qkv, norms.q, norms.k, way.cos, way.sin, shape.heads, shape.eps)
         o, lse = self._kept(tickets, batch, "attention"), self._kept(tickets, batch, "lse")
+        saved_c = None
         if o is None or lse is None:
             self.counts["attention forward"] += 1
             saved = way.attention.forward(q, k, v)
             lse, (o, c) = saved.lse, ops.rest.merge(saved.out, out.bound, out.more)
+            saved_c = self._kept(tickets, batch, "c")
             del saved
         else:
             c = self._get(tickets, batch, "c")
@@ -225,6 +227,8 @@ class Layer(nn.Module):
         a = self._kept(tickets, batch, "o")
         if a is None:
             a = self._product(out, o, out.matrix())
+        elif saved_c is not None:
+            a = _rescaled(a, saved_c, c)
         x1 = ops.norms.rms_residual(a, x, norms.after, shape.eps, c)
         return _Half(h, qkv, q, k, v, o, lse, c, a, x1)
 
@@ -256,6 +260,12 @@ class Layer(nn.Module):
     def _kept(tickets: dict[str, Ticket | None] | None, batch: Batch, name: str) -> Tensor | None:
         ticket = (tickets or {}).get(name)
         return None if ticket is None else batch.waiting.get(ticket)
+
+
+def _rescaled(kept: Tensor, then: Tensor, now: Tensor) -> Tensor:
+    """An output that was kept with c as it was then. The recompute begins with an input of 16 bits, and where a row's norm lies at a
+    power of two its c may come out as the neighbour: what meets must have the same."""
+    return kept * (now / then)[:, None].to(kept.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -298,15 +308,17 @@ class Span(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dx is float32 [T, H] and ours alone in this chain, so it is changed in place."""
         dx, layers, batch = grads[0], ctx.layers, ctx.batch
-        for tickets in ctx.tickets:
-            for ticket in tickets.values():
-                batch.waiting.fetch(ticket)
         inputs = [batch.waiting.get(ctx.first)]
         for layer, tickets in zip(layers[:-1], ctx.tickets[:-1], strict=True):
             inputs.append(layer.run(inputs[-1], batch, tickets))
         found: list[list[Tensor]] = []
         for layer, tickets in zip(reversed(layers), reversed(ctx.tickets), strict=True):
             needs_dx = ctx.needs_input_grad[0] or layer is not layers[0]
+            for ticket in tickets.values():
+                batch.waiting.fetch(ticket)
             found.insert(0, layer.backward(inputs.pop(), dx, batch, tickets, needs_dx))
+            tickets.clear()  # gradients take the place of what was kept
         flat = [value for of_layer in found for value in of_layer]
-        return (dx if ctx.needs_input_grad[0] else None, None, None, None, *ctx.take(list(ctx.parameters), flat))
+        handed = ctx.take(list(ctx.parameters), flat)
+        ctx.tickets = ctx.first = ctx.parameters = None
+        return (dx if ctx.needs_input_grad[0] else None, None, None, None, *handed)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.errors import ModelError
+
 BLOCK = 64
 NESTED_BLOCK = 256
 
@@ -48,14 +50,17 @@ def of(weight: Any) -> Nf4:
     """From a Params4bit; shares its memory.
 
     Raises:
-        ValueError: not NF4 in blocks of 64 of whole rows.
+        ModelError: not NF4 in blocks of 64 of whole rows, or with other blocks of double quantisation than 256.
     """
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        raise ModelError("a linear is not quantised; kernels read NF4 only: delete the NF4 state in paths.cache, it is made again")
     out, wide = (int(length) for length in state.shape)
     if state.quant_type != "nf4" or state.blocksize != BLOCK or wide % BLOCK:
-        raise ValueError(f"{state.quant_type} in blocks of {state.blocksize}, {wide} columns; kernels read NF4 in blocks of {BLOCK} only")
+        raise ModelError(f"{state.quant_type} in blocks of {state.blocksize}, {wide} columns; kernels read NF4 in blocks of {BLOCK} only")
     nested = None
     if state.nested:
-        assert state.state2.blocksize == NESTED_BLOCK
+        if state.state2.blocksize != NESTED_BLOCK:
+            raise ModelError(f"double quantisation in blocks of {state.state2.blocksize}; kernels read blocks of {NESTED_BLOCK} only")
         nested = Nested(state.state2.code, state.state2.absmax, torch.as_tensor(state.offset, device=weight.device))
     return Nf4((out, wide), weight.data.view(torch.uint8).view(-1), state.absmax, state.code, nested)

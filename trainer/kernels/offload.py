@@ -11,13 +11,19 @@ would turn 4.5 GB into 8.
 from __future__ import annotations
 
 import mmap
+import weakref
+from collections import deque
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainer.errors import ConfigError
+
 _ALIGN = 4096
+_LEAVING = 3
+"""Copies to the host that may be under way while the next layers compute; what they read stays on the card as long."""
 
 
 class Ticket(NamedTuple):
@@ -26,6 +32,8 @@ class Ticket(NamedTuple):
     there: Tensor | None
     host: Tensor | None
     scale_T: Tensor | None
+    forward: int = 0
+    """Number of the forward pass that put it away."""
 
 
 class Arena:
@@ -37,6 +45,7 @@ class Arena:
         result = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
         if int(result) != 0:
             raise MemoryError(f"{num_bytes / 1e9:.2f} GB of host memory could not be pinned: {result}")
+        weakref.finalize(self, _release, self._bytes)
         self._used = 0
 
     def reset(self) -> None:
@@ -51,9 +60,10 @@ class Arena:
         self._used += -(-num // _ALIGN) * _ALIGN
         return piece
 
-    def close(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+
+def _release(pinned: Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(pinned.data_ptr())
 
 
 class Waiting:
@@ -63,7 +73,9 @@ class Waiting:
         self._arena, self._ops, self._dtype = arena, ops, dtype
         self._stream = torch.cuda.Stream() if arena else None
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._residuals: list[Ticket] = []
+        self._forward = 0
 
     @property
     def pinned_bytes(self) -> int:
@@ -71,33 +83,48 @@ class Waiting:
 
     def begin(self) -> None:
         """Before a forward pass: what waited is gone."""
+        self._forward += 1
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)  # what is dropped here may still be read or written there
+        self._leaving.clear()
         self._coming.clear()
         self._residuals.clear()
         if self._arena:
             self._arena.reset()
 
     def put_residual(self, x_TH: Tensor) -> Ticket:
-        """A layer's input. OverflowError where the arena is full."""
+        """A layer's input.
+
+        Raises:
+            ConfigError: more tokens than the arena was made for.
+        """
         if self._arena is None:
             return Ticket(x_TH, None, None)
         host = self._arena.take(tuple(x_TH.shape), self._dtype)
         if host is None:
-            raise OverflowError(f"the pinned arena of {self._arena.num_bytes:,} bytes is too small for this batch")
+            raise ConfigError(self._full(x_TH))
         packed = torch.empty_like(x_TH, dtype=self._dtype)
         scale = self._ops.pack(x_TH, packed)
         self._copy(host, packed)
-        self._residuals.append(Ticket(None, host, scale))
+        self._residuals.append(Ticket(None, host, scale, self._forward))
         return self._residuals[-1]
 
-    def put(self, x: Tensor, where: str) -> Ticket | None:
-        """An output that is kept, on the `card` or `pinned`; None where the arena has no room left."""
+    def put(self, x: Tensor, where: str) -> Ticket:
+        """An output that is kept, on the `card` or `pinned`. Raises ConfigError as put_residual does."""
         if where == "card" or self._arena is None:
             return Ticket(x, None, None)
         host = self._arena.take(tuple(x.shape), x.dtype)
         if host is None:
-            return None
+            raise ConfigError(self._full(x))
         self._copy(host, x)
-        return Ticket(None, host, None)
+        return Ticket(None, host, None, self._forward)
+
+    def _full(self, x: Tensor) -> str:
+        assert self._arena is not None
+        return (
+            f"{self._arena.num_bytes:,} bytes of pinned memory are too few for a row of {len(x)} tokens: "
+            "lower data.max_tokens or train.batch_records, or kernels.keep_pinned_bytes"
+        )
 
     def fetch(self, ticket: Ticket | None) -> None:
         """Start bringing it back."""
@@ -121,6 +148,9 @@ class Waiting:
         if ticket.host is None:
             assert ticket.there is not None
             return ticket.there
+        if ticket.forward != self._forward:
+            raise RuntimeError("a backward pass must come before the next forward pass: its tensors have been overwritten")
+        self._left(0)
         self.fetch(ticket)
         target, arrived = self._coming.pop(ticket.host.data_ptr())
         torch.cuda.current_stream().wait_event(arrived)
@@ -133,4 +163,15 @@ class Waiting:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             host.copy_(there, non_blocking=True)
-        there.record_stream(self._stream)
+        gone = torch.cuda.Event()
+        gone.record(self._stream)
+        self._leaving.append((there, gone))
+        self._left(_LEAVING)
+
+    def _left(self, most: int) -> None:
+        """Let go of what was copied, the oldest first, until `most` are left. Not record_stream: with it a host that runs ahead of the
+        card would be given new memory for each copy that the card has not come to yet."""
+        while len(self._leaving) > most:
+            there, gone = self._leaving.popleft()
+            torch.cuda.current_stream().wait_event(gone)
+            del there

@@ -103,7 +103,7 @@ class Stack:
         step = settings.kernels.span_layers
         self._spans = [self.layers[start : start + step] for start in range(0, len(self.layers), step)]
         arena = Arena(self._arena_bytes()) if settings.kernels.offload == "ours" and device.type == "cuda" else None
-        self._waiting = Waiting(arena, pieces.rest, settings.dtype)
+        self._waiting = Waiting(arena, pieces.rest, torch.float16)  # also in bfloat16 mode: a row has its scale, and 11 digits are 3 more
         trainable = [one for layer in self.layers for one in layer.parameters_in_order()]
         self._gradients = Gradients(trainable) if settings.kernels.pin_gradients and device.type == "cuda" else None
 
@@ -120,6 +120,9 @@ class Stack:
             f"geglu: {how[pieces.geglu is not plain]}",
             f"nf4: {how[pieces.rest is not plain]}",
             f"offload: {'pinned' if self._waiting.pinned_bytes else 'card'}",
+            f"kept: {sum(len(names) for names in self._settings.kept.values())} outputs",
+            f"span: {self._settings.kernels.span_layers}",
+            f"gradients: {'pinned' if self._gradients else 'card'}",
             f"loss: {self._settings.kernels.loss}",
         )
 
@@ -194,6 +197,7 @@ def install(model: Any, size: gemma3.Size, settings: Settings) -> Stack:
     kernels, device = settings.kernels, inner.embed_tokens.weight.device
     if kernels.dora == "stock":
         raise ConfigError('kernels.dora = "stock" has no place in our decoder layer; set kernels.layer = "stock" as well')
+    _require(kernels, settings.dtype, device)
     if len(inner.layers) != size.num_layers:
         raise ModelError(f"the model has {len(inner.layers)} layers, its config.json {size.num_layers}")
     ours = _fused() if device.type == "cuda" else plain
@@ -206,11 +210,21 @@ def install(model: Any, size: gemma3.Size, settings: Settings) -> Stack:
     return Stack(inner, layers, size, settings, pieces, _kind(kernels, settings.dtype, device))
 
 
+def _require(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+    """What this device cannot do is said before anything is installed."""
+    if kernels.pin_gradients and device.type != "cuda":
+        raise ConfigError("kernels.pin_gradients = true needs a card: a CPU has one memory")
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError('model.dtype = "bfloat16" needs compute capability 8.0 or newer; set model.dtype=float16')
+
+
 def _kind(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> type:
     if kernels.attention == "stock":
         return attention.Sdpa
     if device.type != "cuda":
         return attention.Plain
+    if dtype == torch.float32:
+        return attention.Sdpa
     return attention.Turing if dtype == torch.float16 else attention.Flash
 
 

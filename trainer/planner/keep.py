@@ -21,6 +21,12 @@ Kept = dict[int, dict[Name, Where]]
 """By layer; a layer that keeps nothing is not in it."""
 
 
+ROUND_TOKENS = 64
+"""Our layer fills a row up to a multiple of it (trainer/kernels/stack.py)."""
+PIECE_BYTES = 4096
+"""Each output begins on a multiple of it in pinned memory."""
+
+
 class Output(NamedTuple):
     """num_bytes: of one layer's output; products: (out, in) of the matrix products that keeping it spares."""
 
@@ -28,26 +34,32 @@ class Output(NamedTuple):
     products: tuple[tuple[int, int], ...]
 
 
-def outputs(size: Size, tokens: int) -> dict[Name, Output]:
-    """Every output that can be kept, the one that spares most FLOPs a byte first; 16 bit, logsumexps [T, heads] in float32."""
-    of = size.linears()
+def outputs(size: Size, tokens: int, rank: int) -> dict[Name, Output]:
+    """Every output that can be kept, the one that spares most FLOPs a byte first; 16 bit, logsumexps [T, heads] in float32.
 
-    def linear(*names: str) -> Output:
+    gate_up is kept in the buffer that later takes dY B of both (2 r columns more), attention in the one with room for X A^T (r).
+    """
+    of, rows = size.linears(), -(-tokens // ROUND_TOKENS) * ROUND_TOKENS
+
+    def pieces(*num_bytes: int) -> int:
+        return sum(-(-num // PIECE_BYTES) * PIECE_BYTES for num in num_bytes)
+
+    def linear(*names: str, more: int = 0) -> Output:
         products = tuple(of[name] for name in names)
-        return Output(2 * tokens * sum(out for out, _ in products), products)
+        return Output(pieces(2 * rows * (sum(out for out, _ in products) + more)), products)
 
     linears: dict[Name, Output] = {
         "down": linear("down_proj"),
         "o": linear("o_proj"),
         "qkv": linear("q_proj", "k_proj", "v_proj"),
-        "gate_up": linear("gate_proj", "up_proj"),
+        "gate_up": linear("gate_proj", "up_proj", more=2 * rank),
     }
     ranked = sorted(linears, key=lambda name: linears[name].products[0][1], reverse=True)
-    attention = Output(2 * tokens * size.query_size + 4 * tokens * size.num_heads, ())
+    attention = Output(pieces(2 * rows * (size.query_size + rank), 4 * rows * size.num_heads), ())
     return {**{name: linears[name] for name in ranked}, "attention": attention}
 
 
-def kept(size: Size, tokens: int, keep_bytes: int, keep_pinned_bytes: int) -> Kept:
+def kept(size: Size, tokens: int, rank: int, keep_bytes: int, keep_pinned_bytes: int) -> Kept:
     """What each layer keeps of a forward pass of `tokens`, and where.
 
     Output after output in their order, each from the last layer down, as the backward pass needs them: on the card while
@@ -55,7 +67,7 @@ def kept(size: Size, tokens: int, keep_bytes: int, keep_pinned_bytes: int) -> Ke
     """
     found: Kept = {}
     places: list[tuple[Where, int]] = [("card", keep_bytes), ("pinned", keep_pinned_bytes)]
-    for layer, name, num_bytes in _in_order(size, tokens):
+    for layer, name, num_bytes in _in_order(size, tokens, rank):
         while places and places[0][1] < num_bytes:
             places.pop(0)
         if not places:
@@ -66,14 +78,14 @@ def kept(size: Size, tokens: int, keep_bytes: int, keep_pinned_bytes: int) -> Ke
     return found
 
 
-def kept_bytes(size: Size, tokens: int, found: Kept, where: Where) -> int:
+def kept_bytes(size: Size, tokens: int, rank: int, found: Kept, where: Where) -> int:
     """Bytes of all that is kept there."""
-    return sum(_layer_bytes(size, tokens, layer, where) for layer in found.values())
+    return sum(_layer_bytes(size, tokens, rank, layer, where) for layer in found.values())
 
 
-def largest_bytes(size: Size, tokens: int, found: Kept, where: Where) -> int:
+def largest_bytes(size: Size, tokens: int, rank: int, found: Kept, where: Where) -> int:
     """Bytes of what the layer that keeps most there keeps."""
-    return max((_layer_bytes(size, tokens, layer, where) for layer in found.values()), default=0)
+    return max((_layer_bytes(size, tokens, rank, layer, where) for layer in found.values()), default=0)
 
 
 def summary(found: Kept) -> dict[Where, dict[Name, int]]:
@@ -85,11 +97,11 @@ def summary(found: Kept) -> dict[Where, dict[Name, int]]:
     return counts
 
 
-def _in_order(size: Size, tokens: int) -> Iterator[tuple[int, Name, int]]:
-    for name, output in outputs(size, tokens).items():
+def _in_order(size: Size, tokens: int, rank: int) -> Iterator[tuple[int, Name, int]]:
+    for name, output in outputs(size, tokens, rank).items():
         yield from ((layer, name, output.num_bytes) for layer in reversed(range(size.num_layers)))
 
 
-def _layer_bytes(size: Size, tokens: int, layer: dict[Name, Where], where: Where) -> int:
-    made = outputs(size, tokens)
+def _layer_bytes(size: Size, tokens: int, rank: int, layer: dict[Name, Where], where: Where) -> int:
+    made = outputs(size, tokens, rank)
     return sum(made[name].num_bytes for name, place in layer.items() if place == where)

@@ -75,7 +75,7 @@ def pinned(cfg: Config, size: Size) -> dict[str, int]:
         return {}
     terms = {
         "layer inputs": num_spans(cfg, size) * 2 * tokens(cfg) * size.hidden_size if cfg.kernels.offload == "ours" else 0,
-        "kept tensors": keep.kept_bytes(size, tokens(cfg), kept(cfg, size), "pinned"),
+        "kept tensors": keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, kept(cfg, size), "pinned"),
         "gradients": 4 * sum(num_trainable(cfg, size)) if cfg.kernels.pin_gradients else 0,
     }
     return {name: num for name, num in terms.items() if num}
@@ -86,10 +86,11 @@ def pinned_bytes(cfg: Config, size: Size) -> int:
 
 
 def kept(cfg: Config, size: Size) -> keep.Kept:
-    """What the config's budgets keep; nothing in the stock layer."""
+    """What the config's budgets keep; nothing in the stock layer, and nothing in pinned memory where kernels.offload = "stock"."""
     if cfg.kernels.layer == "stock":
         return {}
-    return keep.kept(size, tokens(cfg), cfg.kernels.keep_bytes, cfg.kernels.keep_pinned_bytes)
+    pinned_bytes = cfg.kernels.keep_pinned_bytes if cfg.kernels.offload == "ours" else 0
+    return keep.kept(size, tokens(cfg), cfg.adapter.rank, cfg.kernels.keep_bytes, pinned_bytes)
 
 
 def num_spans(cfg: Config, size: Size) -> int:
@@ -103,10 +104,10 @@ def held(cfg: Config, size: Size) -> dict[str, int]:
     most that one layer has. A CPU has no other memory: everything counts.
     """
     row, found = tokens(cfg) * size.hidden_size, kept(cfg, size)
-    parts = {where: keep.kept_bytes(size, tokens(cfg), found, where) for where in ("card", "pinned")}
+    parts = {where: keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, found, where) for where in ("card", "pinned")}
     if not _is_pinning(cfg):
         return {"layer inputs": num_spans(cfg, size) * 4 * row, "kept tensors": sum(parts.values())}
-    back = keep.largest_bytes(size, tokens(cfg), found, "pinned")
+    back = keep.largest_bytes(size, tokens(cfg), cfg.adapter.rank, found, "pinned")
     inputs = {"layer inputs": num_spans(cfg, size) * 4 * row} if cfg.kernels.offload == "stock" else {}
     return {**inputs, "kept tensors": parts["card"], "kept tensors, back": back}
 

@@ -107,7 +107,7 @@ def roomiest_keep(cfg: Config, size: Size, available_bytes: int) -> int:
     """The largest kernels.keep_bytes, in steps of KEEP_STEP, with which the run fits and leaves KEEP_RESERVE; 0 in the stock layer."""
     if cfg.kernels.layer == "stock":
         return 0
-    everything = size.num_layers * sum(output.num_bytes for output in keep.outputs(size, tokens(cfg)).values())
+    everything = size.num_layers * sum(output.num_bytes for output in keep.outputs(size, tokens(cfg), cfg.adapter.rank).values())
     most_bytes = available_bytes - KEEP_RESERVE
 
     def fits(keep_bytes: int) -> bool:

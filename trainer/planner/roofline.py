@@ -72,7 +72,7 @@ def attention_flops(size: Size, num: int, layer: int) -> float:
 
 def kept_flops(cfg: Config, size: Size) -> float:
     """What kept outputs spare: their products in the recompute, and once more in a layer that its span runs twice."""
-    num, made = tokens(cfg), keep.outputs(size, tokens(cfg))
+    num, made = tokens(cfg), keep.outputs(size, tokens(cfg), cfg.adapter.rank)
     total = 0.0
     for layer, names in ours.kept(cfg, size).items():
         last = (layer + 1) % cfg.kernels.span_layers == 0 or layer == size.num_layers - 1

@@ -20,7 +20,10 @@ LOSS_ROWS = 128
 
 
 def tokens(cfg: Config) -> int:
-    """T: one row of data.max_tokens at least, more where short records are batched, but not beyond what a step is to see."""
+    """T: the rows of a batch behind each other where they are packed, as our layer always has them; else one row of data.max_tokens at
+    least, more where short records are batched, but not beyond what a step is to see."""
+    if cfg.pack.enabled or cfg.kernels.layer == "ours":
+        return cfg.train.batch_records * cfg.data.max_tokens
     return max(cfg.data.max_tokens, min(cfg.train.batch_records * cfg.data.max_tokens, cfg.train.tokens_per_step))
 
 

@@ -214,6 +214,8 @@ class Watch:
             found = measure.loss(self._model, self._todo.valid, batch_rows, hidden=self._how.hidden, batch=models.collator(self._cfg))
         self._journal.write(state.global_step, valid_loss=found)
         self._task.advance(0, valid_loss=found)
+        if not math.isfinite(found):  # nothing is smaller than NaN: it would be the best for ever
+            raise StoppedError(diverged(state.global_step, "the validation loss"))
         if state.best_metric is None or found < state.best_metric:
             peft.save(self._model, self._out / "best.new")
             checkpoints.replace(self._out / "best.new", self._out / "best")

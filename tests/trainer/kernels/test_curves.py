@@ -46,7 +46,7 @@ def curve(cfg: Config, rows: Sequence[Row], first: dict[str, torch.Tensor], *, o
         batch = (models.packed_tensors if ours else models.tensors)([rows[step % len(rows)]])
         total = loss.of_batch(models.moved(batch, device), hidden, model.get_output_embeddings().weight)
         found.append(total.item())
-        (total * stepper.scale).backward()
+        (total * stepper.scale).backward()  # type: ignore[no-untyped-call]
         stepper.step()
         stepper.zero_grad()
     assert stepper.skipped == 0

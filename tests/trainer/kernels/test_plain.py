@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.trainer.kernels.calls import Make
 from trainer import gemma3
+from trainer.errors import ModelError
 from trainer.kernels import nf4, plain
 
 SIZE = gemma3.SIZES["270m"]
@@ -350,7 +351,7 @@ def test_other_formats_are_refused() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     bitsandbytes = pytest.importorskip("bitsandbytes")
     packed, state = functional.quantize_4bit(torch.randn(8, 64), blocksize=64, quant_type="fp4")
-    with pytest.raises(ValueError, match="fp4"):
+    with pytest.raises(ModelError, match="fp4"):
         nf4.of(bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="fp4"))
 
 

@@ -13,12 +13,13 @@ pytest.importorskip("peft")
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.trainer.kernels.toy import Toy, documents, gradient, of_ours, reduced, row, worst
+from tests.trainer.kernels.toy import Answer, Loud, Toy, documents, gradient, of_ours, reduced, row, worst
 from trainer import gemma3
 from trainer.backends import hub
 from trainer.config import Config
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels import attention, loss, stack
+from trainer.planner import keep
 from trainer.training import model as models
 from trainer.training.batches import Row
 
@@ -188,10 +189,42 @@ def test_counters_prove_that_every_linear_and_attention_ran_and_was_run_again(
     assert all(layer.counts["linear backward"] == 7 and layer.counts["attention backward"] == 1 for layer in installed.layers)
 
 
+@pytest.mark.parametrize("names", [("down",), ("o",), ("down", "o"), ("o", "attention"), ("gate_up", "down")], ids=str)
+def test_an_output_kept_under_another_c_than_the_recomputes_changes_no_gradient(names: tuple[str, ...]) -> None:
+    """A row whose norm lies at a power of two may be scaled otherwise the second time; here a larger bound makes every one so."""
+    size, lengths = reduced("12b"), (40, 24)
+    toy = Toy(size, torch.float64, loud=Loud(2.2e5, 300.0))
+    wanted = of_ours(toy, toy.stack(), documents(lengths), gradient(size, lengths))
+    model = toy.stack(kept={layer: dict.fromkeys(names, "card") for layer in range(2)})
+    hidden = model.hidden(row(documents(lengths)))[0]
+    for layer in model.layers:
+        for name in ("down", "o"):
+            layer.groups[name].bound = layer.groups[name].bound * 4
+    parameters = toy.parameters()
+    found = torch.autograd.grad(hidden, list(parameters.values()), gradient(size, lengths))
+    assert worst(Answer(hidden.detach(), dict(zip(parameters, found, strict=True))), wanted) <= 1e-9
+
+
+def test_the_plan_fills_rows_as_the_stack_does() -> None:
+    assert keep.ROUND_TOKENS == stack.ROUND
+
+
 def test_active_names_every_piece(ours: tuple[Any, stack.Stack]) -> None:
     active = ours[1].active
     assert active[0] == "layer: 2 of 2" and "dora: by hand" in active and "attention: plain" in active
-    assert [name.split(":")[0] for name in active] == ["layer", "dora", "attention", "norms", "geglu", "nf4", "offload", "loss"]
+    assert [name.split(":")[0] for name in active] == [
+        "layer",
+        "dora",
+        "attention",
+        "norms",
+        "geglu",
+        "nf4",
+        "offload",
+        "kept",
+        "span",
+        "gradients",
+        "loss",
+    ]
     assert ours[1].pinned_bytes == 0
 
 

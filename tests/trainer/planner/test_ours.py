@@ -78,7 +78,7 @@ def test_kept_tensors_count_as_they_are_used_not_as_they_are_allowed() -> None:
     down = 2 * 4096 * H
     assert found(f"kernels.keep_bytes={down * L + down // 2}").terms["kept tensors"] == down * L
     assert found("kernels.keep_bytes=900_000_000_000").terms["kept tensors"] == L * (
-        2 * down + 2 * 4096 * (Q + 2 * KV + 2 * INNER + Q) + 4 * 4096 * 16
+        2 * down + 2 * 4096 * (Q + 2 * KV + 2 * INNER + 2 * 64 + Q + 64) + 4 * 4096 * 16
     )
 
 
@@ -129,7 +129,7 @@ def test_a_cpu_has_no_memory_to_pin_beside_its_own() -> None:
     tiny, size = load("tiny", ["kernels.layer=ours", "kernels.keep_pinned_bytes=1_000_000"]), SIZES["tiny"]
     assert ours.pinned_bytes(tiny, size) == 0
     terms = budget(tiny, size).terms
-    assert terms["layer inputs"] == 2 * 4 * 512 * 256
+    assert terms["layer inputs"] == 2 * 4 * 1024 * 256
     assert 0 < terms["kept tensors"] <= 1_000_000
     assert "CUDA context" not in terms
 

@@ -35,7 +35,7 @@ def test_a_step_of_4096_tokens_counts_309_tflop_and_13_seconds_on_a_t4() -> None
 
 def test_kept_outputs_spare_what_their_products_cost() -> None:
     """down's output of all 48 layers is 1.5 GB and spares 23.2 TFLOP; q, k, v 3.2 GB for 12.4; gate and up 12.1 GB for 46.4."""
-    sizes = [48 * output.num_bytes for output in keep.outputs(SIZE, 4096).values()]
+    sizes = [48 * output.num_bytes for output in keep.outputs(SIZE, 4096, 64).values()]
     for num, tflop in ((1, 23.2), (2, 29.4), (3, 41.8), (4, 88.1)):
         cfg = with_ours(f"kernels.keep_bytes={sum(sizes[:num])}")
         assert roofline.kept_flops(cfg, SIZE) == pytest.approx(tflop * 1e12, rel=0.005)
@@ -46,7 +46,7 @@ def test_kept_outputs_spare_what_their_products_cost() -> None:
 def test_two_layers_a_span_cost_a_sixth_of_the_linears_and_kept_outputs_count_twice_in_one_of_them() -> None:
     parts = roofline.step_flops(with_ours("kernels.span_layers=2"), SIZE)
     assert parts["spans"] == pytest.approx(parts["linears"] / 6, rel=0.05)
-    down = 48 * keep.outputs(SIZE, 4096)["down"].num_bytes
+    down = 48 * keep.outputs(SIZE, 4096, 64)["down"].num_bytes
     budget = f"kernels.keep_bytes={down}"
     once = roofline.kept_flops(with_ours(budget), SIZE)
     assert roofline.kept_flops(with_ours(budget, "kernels.span_layers=2"), SIZE) == pytest.approx(1.5 * once)

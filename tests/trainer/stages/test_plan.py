@@ -69,7 +69,7 @@ def test_much_pinned_memory_is_warned_of_with_what_pins_less(tmp_path: Path, cap
 
 def test_more_pinned_memory_than_the_machine_has_is_refused_unless_it_is_another_machine(tmp_path: Path) -> None:
     too_much = ours("kernels.keep_pinned_bytes=12_000_000_000")
-    with pytest.raises(DoesNotFitError, match=r"13\.29 GB of pinned memory, and a machine with a T4 has 12\.70 GB") as caught:
+    with pytest.raises(DoesNotFitError, match=r"13\.31 GB of pinned memory, and a machine with a T4 has 12\.70 GB") as caught:
         run(too_much, tmp_path)
     assert "--set kernels.keep_pinned_bytes=5000000000 " in str(caught.value)
     assert run(ours("kernels.keep_pinned_bytes=12_000_000_000", "plan.vram_gb=15.8"), tmp_path).fits

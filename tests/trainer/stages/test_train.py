@@ -82,7 +82,16 @@ def test_a_killed_train_goes_on_as_if_nothing_had_happened(
     trained: tuple[Path, TrainFacts], tiny_config: Make, tiny_inputs: Any, tmp_path: Path
 ) -> None:
     """SIGTERM at some step; the same command again gives the same losses to the last bit, and the same adapter."""
-    metrics = tmp_path / "metrics.jsonl"
+    killed(tiny_config("train.max_steps=8", "checkpoint.every_steps=100"), tiny_inputs, tmp_path)
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
+    facts = train.run(tiny_config("train.max_steps=8"), tiny_inputs, tmp_path)
+    out, whole = trained
+    same(tmp_path, facts, out, whole)
+
+
+def killed(cfg: Config, inputs: Any, out: Path) -> None:
+    """A train that gets SIGTERM after its third step."""
+    metrics = out / "metrics.jsonl"
 
     def terminate() -> None:
         while not metrics.exists() or '"step": 3' not in metrics.read_text():
@@ -92,16 +101,44 @@ def test_a_killed_train_goes_on_as_if_nothing_had_happened(
     thread = threading.Thread(target=terminate)
     thread.start()
     with pytest.raises(Interrupted, match="a checkpoint is saved"):
-        train.run(tiny_config("train.max_steps=8", "checkpoint.every_steps=100"), tiny_inputs, tmp_path)
+        train.run(cfg, inputs, out)
     thread.join()
-    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
-    facts = train.run(tiny_config("train.max_steps=8"), tiny_inputs, tmp_path)
-    out, whole = trained
-    assert losses(facts) == losses(whole)
-    assert facts.valid_loss == whole.valid_loss and facts.num_tokens == whole.num_tokens
+
+
+def same(left: Path, facts: TrainFacts, right: Path, others: TrainFacts) -> None:
+    """To the last bit."""
+    assert losses(facts) == losses(others)
+    assert facts.valid_loss == others.valid_loss and facts.num_tokens == others.num_tokens
     for folder in ("adapter", "best"):
         name = Path(folder) / "adapter_model.safetensors"
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+        assert (left / name).read_bytes() == (right / name).read_bytes()
+
+
+def test_our_layer_takes_the_same_course_and_goes_on_after_a_kill(
+    trained: tuple[Path, TrainFacts], tiny_config: Make, tiny_inputs: Any, tmp_path: Path
+) -> None:
+    ours = ("train.max_steps=8", "kernels.layer=ours", "kernels.keep_bytes=100_000", "kernels.span_layers=2")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = train.run(tiny_config(*ours), tiny_inputs, tmp_path / "whole")
+    assert "layer: 2 of 2" in whole.kernels and "span: 2" in whole.kernels
+    assert losses(whole) == pytest.approx(losses(trained[1]), rel=1e-4)
+    assert whole.valid_loss[-1].loss == pytest.approx(trained[1].valid_loss[-1].loss, rel=1e-4)
+    killed(tiny_config(*ours, "checkpoint.every_steps=100"), tiny_inputs, tmp_path / "killed")
+    facts = train.run(tiny_config(*ours), tiny_inputs, tmp_path / "killed")
+    same(tmp_path / "killed", facts, tmp_path / "whole", whole)
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    tiny_config: Make, tiny_inputs: Any, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    """The first step warms up and changes little; later ones make weights that overflow when held-out records are read."""
+    from safetensors.torch import load_file
+
+    with pytest.raises(StoppedError, match=r"the validation loss"):
+        train.run(tiny_config("train.learning_rate=6e37", "train.max_grad_norm=1e30", "train.valid_every=1"), tiny_inputs, tmp_path)
+    best = load_file(tmp_path / "best" / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in best.values())
 
 
 def test_a_train_that_was_finished_and_not_yet_published_is_not_repeated(
