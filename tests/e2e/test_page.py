@@ -33,18 +33,23 @@ PLENTY = Limits(requests_per_minute=1000, concurrent=100)
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
 
+def launched() -> dict[str, Any]:
+    """What Chromium is started with: TRINITY_CHROMIUM, else what PATH finds."""
+    path = os.environ.get("TRINITY_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        absent("no Chromium in PATH: apt-get install chromium, or name its binary in TRINITY_CHROMIUM")
+    return {"executable_path": path, "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
+
+
 @pytest.fixture(scope="module")
 async def chromium() -> AsyncIterator[Browser]:
-    """TRINITY_CHROMIUM, else what PATH finds."""
     try:
         from playwright.async_api import async_playwright
     except ImportError:
         absent("the page's tests need playwright: make setup")
-    path = os.environ.get("TRINITY_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        absent("no Chromium in PATH: apt-get install chromium, or name its binary in TRINITY_CHROMIUM")
+    settings = launched()
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        browser = await playwright.chromium.launch(**settings)
         yield browser
         await browser.close()
 
@@ -471,6 +476,36 @@ async def test_a_full_queue_is_waited_for_in_sight(chromium: Browser, tmp_path: 
         await other
 
 
+async def test_a_queue_that_gives_up_in_the_middle_of_a_stream_is_waited_for_all_the_same(chromium: Browser, tmp_path: Path) -> None:
+    from playwright.async_api import expect
+
+    engine = ScriptedEngine((3.0, *HELLO))
+    small_release(tmp_path)
+    short = serving(engine, tmp_path, waiting=1, ping_s=0.1, queue_timeout_s=0.5)
+    async with short as client, visit(chromium, str(client.base_url)) as page:
+        other = asyncio.create_task(client.post("/chat", json={"message": "first"}))
+        await until(lambda: engine.running == 1)
+        await ask(page, "Hi")
+        await expect(answers(page).locator(".note")).to_contain_text("Waiting for the first word")
+        await expect(answers(page).locator(".note")).to_contain_text("Many are asking at the moment: next try in")
+        await expect((await answered(page)).locator(".text")).to_have_text("Hello ü")
+        await other
+
+
+async def test_a_connection_that_breaks_in_mid_answer_is_no_short_answer(chromium: Browser, tmp_path: Path) -> None:
+    from playwright.async_api import expect
+
+    engine = ScriptedEngine((Delta("Half"), 0.2, RuntimeError("a mistake of the server's, which hangs up")))
+    async with scripted(chromium, tmp_path, engine) as page:
+        await ask(page, "Hi")
+        answer = await answered(page)
+        await expect(answer.locator(".text")).to_have_text("Half")
+        await expect(answer.locator(".bad")).to_contain_text("The connection broke off")
+        await page.reload()
+        await page.locator("#chats .title").click()
+        await expect(page.locator(".bad")).to_contain_text("The connection broke off")
+
+
 async def test_until_a_release_is_there_the_page_says_so_and_then_finds_it_by_itself(chromium: Browser, tmp_path: Path) -> None:
     from playwright.async_api import expect
 
@@ -577,17 +612,36 @@ async def test_a_key_s_limit_is_waited_for_in_sight(chromium: Browser, tmp_path:
 async def test_it_works_where_the_browser_refuses_to_keep_anything(chromium: Browser, tmp_path: Path) -> None:
     from playwright.async_api import expect
 
-    refuse = "Object.defineProperty(window, '%s', { get() { throw new DOMException('denied', 'SecurityError'); } });"
-    async with scripted(chromium, tmp_path, ScriptedEngine()) as page:
-        await page.add_init_script("".join(refuse % name for name in ("localStorage", "sessionStorage")))
-        await page.goto(f"{page.url}#key=tr-secret")
-        await page.reload()
+    profile = tmp_path / "profile"
+    (profile / "Default").mkdir(parents=True)
+    refusing = {"profile": {"default_content_setting_values": {"cookies": 2}}}  # "block all", as a person sets it
+    (profile / "Default" / "Preferences").write_text(json.dumps(refusing))
+    small_release(tmp_path)
+    secret = Keys.open(tmp_path / "keys.json").make("me", PLENTY)
+    async with serving(ScriptedEngine(), tmp_path, keys=tmp_path / "keys.json") as client:
+        context = await chromium.browser_type.launch_persistent_context(str(profile), **launched())
+        page = context.pages[0]
+        await page.goto(f"{client.base_url}/#key={secret}")
         await expect(page.locator("#kept")).to_contain_text("keeps no chats")
+        assert await page.evaluate("(() => { try { return localStorage } catch (error) { return error.name } })()") == "SecurityError"
         await ask(page, "Hi")
         await answered(page)
         await page.get_by_role("button", name="New chat").click()
         await page.get_by_role("button", name="Hi", exact=True).click()
         await expect(answers(page).locator(".text")).to_have_text("Hello ü")
+        await context.close()
+
+
+async def test_a_full_storage_is_said_and_the_chat_goes_on(chromium: Browser, tmp_path: Path) -> None:
+    from playwright.async_api import expect
+
+    async with scripted(chromium, tmp_path, ScriptedEngine()) as page:
+        await page.evaluate(
+            "for (let size = 2 ** 22; size; size >>= 1) try { localStorage.setItem(`x${size}`, 'x'.repeat(size)); } catch {}"
+        )
+        await ask(page, "Hi")
+        await expect((await answered(page)).locator(".text")).to_have_text("Hello ü")
+        await expect(page.locator("#kept")).to_contain_text("keeps no more chats")
 
 
 async def test_two_tabs_keep_each_other_s_chats_and_one_can_be_deleted(chromium: Browser, tmp_path: Path) -> None:
@@ -606,6 +660,30 @@ async def test_two_tabs_keep_each_other_s_chats_and_one_can_be_deleted(chromium:
         await other.get_by_role("button", name="Delete chat: From one").click()
         await expect(page.locator("#chats .title")).to_have_text(["From two"])
         await expect(page.locator("#log > li")).to_have_count(0)
+
+
+async def test_an_answer_goes_on_while_another_chat_is_open_and_what_a_reload_cut_is_marked(chromium: Browser, tmp_path: Path) -> None:
+    from playwright.async_api import expect
+
+    engine = ScriptedEngine((Delta("Slow "), 2.0, Delta("and sure"), Finish("stop", Usage(5, 3))), slots=2)
+    async with scripted(chromium, tmp_path, engine) as page:
+        await ask(page, "One")
+        await expect(answers(page).locator(".text")).to_have_text("Slow")
+        await page.get_by_role("button", name="New chat").click()
+        engine.script = HELLO
+        await ask(page, "Two")
+        await expect((await answered(page)).locator(".text")).to_have_text("Hello ü")
+        await page.get_by_role("button", name="One", exact=True).click()
+        await expect((await answered(page)).locator(".text")).to_have_text("Slow and sure")
+
+        engine.script = (Delta("Begun"), 30.0)
+        await ask(page, "Three")
+        await expect(answers(page).last.locator(".text")).to_have_text("Begun")
+        await page.reload()
+        await until(lambda: engine.running == 0)
+        await page.get_by_role("button", name="One", exact=True).click()
+        await expect(answers(page).last.locator(".text")).to_have_text("Begun")
+        await expect(answers(page).last.locator(".note")).to_contain_text("Interrupted")
 
 
 async def test_a_system_prompt_goes_with_every_question_and_can_be_seen(chromium: Browser, tmp_path: Path) -> None:
@@ -679,6 +757,9 @@ async def test_a_phone_scrolls_one_way_only_and_finds_the_chats_in_a_drawer(chro
         await page.get_by_role("button", name="Chats", exact=True).tap()
         await expect(page.get_by_role("button", name="New chat")).to_be_focused()
         await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="New chat")).to_be_hidden()
+        await page.get_by_role("button", name="Chats", exact=True).tap()
+        await page.touchscreen.tap(340, 400)
         await expect(page.get_by_role("button", name="New chat")).to_be_hidden()
         await page.get_by_role("button", name="Chats", exact=True).tap()
         await page.get_by_role("button", name="New chat").tap()
