@@ -146,7 +146,7 @@ async def test_a_person_asks_reads_asks_again_and_finds_the_chat_after_a_reload(
 
     probe = release.probes[0]
     async with visit(chromium, running.url) as page:
-        await expect(page.locator("#model")).to_have_text(f"Release {release.manifest.release} · CPU")
+        await expect(page.locator("#model")).to_have_text(f"CPU · Release {release.manifest.release}")
         await set_temperature(page, "0")
         await ask(page, probe.messages[0].content)
         answer = await answered(page)
