@@ -20,13 +20,14 @@ from pydantic.json_schema import models_json_schema
 
 from server import errors
 from server.errors import ForbiddenHost, NotReady, ReleaseError, Shown, TooManyRequests, Unauthorized
-from server.schemas import ChatBody, CompletionBody, ErrorReply
+from server.schemas import ChatBody, ChatEvent, CompletionBody, CompletionChunk, ErrorReply
 
 ABOUT = """A fine-tuned Gemma 3 behind one guarded port. Every error is `{"error": {"message", "type", "code", "request_id"}}`; with
 a Retry-After header it is worth another try. In a stream an error is an event of that shape, and no [DONE] follows."""
 REF = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody)
-GUARDED = [{"key": []}, {}]
+APART: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, ChatEvent, CompletionChunk)
+"""Models that FastAPI does not see: paths read their bodies and write their events by themselves."""
+GUARDED: list[dict[str, list[str]]] = [{"key": []}, {}]
 """A key, or none where the server has none."""
 ASKED = (Unauthorized, ForbiddenHost, TooManyRequests, NotReady, ReleaseError)
 """What any guarded path may answer."""
@@ -55,14 +56,19 @@ def body(kind: type[BaseModel], example: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}, "security": GUARDED}
 
 
-STREAM: Content = {200: {"description": "One JSON object, or events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+def stream(event: type[BaseModel]) -> Content:
+    """The reply of a path that may stream: events whose data are JSON, an error among them, and at last the word [DONE]."""
+    choices = [{"$ref": REF.format(model=kind.__name__)} for kind in (event, ErrorReply)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": choices}}
+    described = {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}}, "required": ["data"]}
+    return {200: {"description": "One JSON object, or events.", "content": {"text/event-stream": {"schema": described}}}}
 
 
 def document(app: FastAPI) -> dict[str, Any]:
     tree = get_openapi(title=app.title, version="1", description=ABOUT, routes=app.routes)
-    _, bodies = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REF)
+    _, apart = models_json_schema([(kind, "validation") for kind in APART], ref_template=REF)
     parts = tree.setdefault("components", {})
-    parts["schemas"] = {**parts.get("schemas", {}), **bodies["$defs"]}
+    parts["schemas"] = {**parts.get("schemas", {}), **apart["$defs"]}
     parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "An API key, made by `make key`."}}
     return tree
 

@@ -14,13 +14,13 @@ from fastapi.responses import JSONResponse, Response
 from server import conversation, docs, translate
 from server.admission import Admission, Answer
 from server.chat import ChatRequest, Event
-from server.docs import STREAM, failures
+from server.docs import failures, stream
 from server.engines import Engine
 from server.errors import NotReady, ReleaseError
 from server.manifest import Release
 from server.release import Keeper
 from server.replies import EventStream, read, unless_gone
-from server.schemas import Alive, ChatBody, ChatReply, CompletionBody, CompletionReply, ModelList, Ready
+from server.schemas import Alive, ChatBody, ChatEvent, ChatReply, CompletionBody, CompletionChunk, CompletionReply, ModelList, Ready
 from server.settings import Settings
 from server.structured import checked, validator
 
@@ -66,7 +66,9 @@ def router(gateway: Gateway) -> APIRouter:
     paths = APIRouter()
     limit = gateway.settings.max_body_bytes
 
-    @paths.post("/chat", response_model=ChatReply, responses=STREAM | failures(), openapi_extra=docs.body(ChatBody, CHAT_EXAMPLE))
+    @paths.post(
+        "/chat", response_model=ChatReply, responses=stream(ChatEvent) | failures(), openapi_extra=docs.body(ChatBody, CHAT_EXAMPLE)
+    )
     async def chat(request: Request) -> Response:
         """One question or a whole conversation; one JSON object, or server-sent events that end in [DONE]."""
         body = await read(request, ChatBody, limit, CHAT_EXAMPLE)
@@ -79,7 +81,9 @@ def router(gateway: Gateway) -> APIRouter:
 
     described = docs.body(CompletionBody, COMPLETION_EXAMPLE)
 
-    @paths.post("/v1/chat/completions", response_model=CompletionReply, responses=STREAM | failures(), openapi_extra=described)
+    @paths.post(
+        "/v1/chat/completions", response_model=CompletionReply, responses=stream(CompletionChunk) | failures(), openapi_extra=described
+    )
     async def completions(request: Request) -> Response:
         """OpenAI's chat completion, for every client of it: base URL SERVER/v1, and any key where the server has none."""
         body = await read(request, CompletionBody, limit, COMPLETION_EXAMPLE)

@@ -230,6 +230,21 @@ class ChatReply(Reply):
     usage: Usage
 
 
+class Piece(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatEvent(Reply):
+    """Deltas, then one event with finish_reason and usage."""
+
+    id: str
+    model: str
+    delta: Piece
+    finish_reason: Reason | None = None
+    usage: Usage | None = None
+
+
 class CompletionMessage(AnswerMessage):
     refusal: None
 
@@ -248,6 +263,23 @@ class CompletionReply(Reply):
     model: str
     choices: tuple[Choice, ...] = Field(min_length=1, max_length=1)
     usage: Usage
+
+
+class ChunkChoice(Reply):
+    index: Literal[0]
+    delta: Piece
+    logprobs: None
+    finish_reason: Reason | None
+
+
+class CompletionChunk(Reply):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: tuple[ChunkChoice, ...] = Field(max_length=1)
+    """Empty in the last chunk, which counts tokens if it was asked for."""
+    usage: Usage | None = None
 
 
 class Provenance(Reply):

@@ -24,6 +24,8 @@ from server.manifest import Release
 
 LOOK_TIMEOUT_S = 5.0
 """For what must answer at once or counts as not there."""
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+"""For llguidance, which may be what the server reads schemas with: else it lets an answer be blanks until it is cut. Others ignore it."""
 LIMITS = httpx2.Limits(max_keepalive_connections=0)
 """llama-server may hang up between two requests of one connection, and the second is lost (seen)."""
 
@@ -185,8 +187,9 @@ def _options(request: ChatRequest) -> dict[str, Any]:
     if request.seed is not None:
         options["seed"] = request.seed
     if request.schema is not None:
-        options["json_schema"] = request.schema
-        options["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.schema}}
+        schema = {**request.schema, **COMPACT}
+        options["json_schema"] = schema
+        options["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     return options
 
 

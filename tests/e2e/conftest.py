@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from server.manifest import Release, find, read
-from tests.server.real import ROOT, OllamaProcess, absent, base_release, ollama
+from tests.server.real import ROOT, GatewayProcess, OllamaProcess, absent, base_release, gateway, llama_server, ollama
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +35,21 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 def ollama_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaProcess]:
     with ollama(tmp_path_factory.mktemp("ollama")) as process:
         yield process
+
+
+@pytest.fixture(scope="module", params=["embedded", "ollama", "openai"])
+def each_engine(
+    request: pytest.FixtureRequest, demo_release: Release, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    """A gateway that serves the demo's release: by llama.cpp in its child, by a real Ollama, by a real llama-server."""
+    state = tmp_path_factory.mktemp("state")
+    flags = ["--releases", str(demo_release.directory), "--state", str(state), "--engine", request.param]
+    with ExitStack() as closing:
+        if request.param == "ollama":
+            process: OllamaProcess = request.getfixturevalue("ollama_process")
+            flags += ["--ollama-url", process.url]
+        if request.param == "openai":
+            flags += ["--openai-url", closing.enter_context(llama_server(demo_release))]
+        running = closing.enter_context(gateway(*flags))
+        running.wait_ready(600)
+        yield running

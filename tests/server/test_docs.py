@@ -13,8 +13,9 @@ from fastapi import FastAPI
 
 from server import docs
 from server.app import create_app
+from server.schemas import ChatEvent, CompletionChunk
 from server.settings import Settings
-from tests.server.scripted import ScriptedEngine, serving, small_release
+from tests.server.scripted import ScriptedEngine, serving, small_release, sse
 
 pytestmark = pytest.mark.anyio
 UNDESCRIBED = {"/", "/docs", "/openapi.json", "/metrics"}
@@ -32,8 +33,8 @@ def tree(app: FastAPI) -> dict[str, Any]:
 
 
 def test_every_path_is_described(app: FastAPI, tree: dict[str, Any]) -> None:
-    routers = [included.original_router for included in app.routes]
-    assert set(tree["paths"]) | UNDESCRIBED == {route.path for router in routers for route in router.routes}
+    included: list[Any] = list(app.routes)  # FastAPI's own type for them is not public
+    assert set(tree["paths"]) | UNDESCRIBED == {route.path for router in included for route in router.original_router.routes}
     assert all(operation["description"] for methods in tree["paths"].values() for operation in methods.values())
 
 
@@ -64,6 +65,16 @@ async def test_the_page_shows_every_path_and_field_and_loads_nothing(tmp_path: P
     fields = [name for kind in ("ChatBody", "CompletionBody") for name in tree["components"]["schemas"][kind]["properties"]]
     assert all(f"<td>{name}</td>" in reply.text for name in fields)
     assert not re.findall(r"<script|<link|<img|<iframe|\bsrc=|@import|url\(|https?://", reply.text)
+
+
+async def test_the_events_of_a_stream_are_as_described(tmp_path: Path) -> None:
+    small_release(tmp_path)
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    async with serving(ScriptedEngine(), tmp_path) as client:
+        *events, _ = sse((await client.post("/chat", json=body)).text)
+        *chunks, _ = sse((await client.post("/v1/chat/completions", json=body | {"stream_options": {"include_usage": True}})).text)
+    assert [ChatEvent.model_validate(event).finish_reason for event in events] == [None, None, "stop"]
+    assert [len(CompletionChunk.model_validate(chunk).choices) for chunk in chunks] == [1, 1, 1, 1, 0]
 
 
 async def test_the_page_s_policy_lets_in_its_own_style_and_nothing_else(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ NUMBERS = validator({"type": "object", "properties": {"a": {"type": "array", "it
 
 class Answer:
     def __init__(self, *texts: str, reason: Literal["stop", "length"] = "stop") -> None:
-        self.events = [*(Delta(text) for text in texts), Finish(reason, Usage(1, len(texts)))]
+        self.events: list[Event] = [*(Delta(text) for text in texts), Finish(reason, Usage(1, len(texts)))]
         self.closed = False
 
     async def stream(self) -> AsyncGenerator[Event]:
