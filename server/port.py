@@ -83,6 +83,10 @@ class Protocol(H11Protocol):
             self.transport.write(_raw(BAD_HTTP, "this is not HTTP/1.1 as it is written down"))
         self.transport.close()
 
+    def abort_if_unread(self) -> None:
+        if "reader" in self._clocks:
+            self.transport.abort()
+
     def _start(self, name: str, seconds: float) -> None:
         """A clock that runs already goes on: a byte now and then does not turn it back."""
         if name not in self._clocks:
@@ -122,6 +126,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._admission.drain(self._drain_s)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol):
+                connection.abort_if_unread()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from server import errors, translate
 from server.admission import Answer
-from server.chat import Event
 from server.errors import BadHttp, BadRequest, BodyTooSlow, ClientGone, NoJsonType, NotJson, ServerError, TooLarge
 from server.manifest import explain
 
@@ -129,6 +128,7 @@ class EventStream(Response):
         self._write = write
         self._ping_s = ping_s
         self._request_id = request_id
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answer:
@@ -139,9 +139,17 @@ class EventStream(Response):
                 return
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._texts()) as texts:
-            async for text in texts:
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        clock = asyncio.get_running_loop().time
+        self._sent_at = clock()
+        pinging = asyncio.create_task(self._ping(send))
+        try:
+            async with aclosing(self._texts()) as texts:
+                async for text in texts:
+                    self._sent_at = clock()
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        finally:
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _texts(self) -> AsyncGenerator[str]:
@@ -149,35 +157,19 @@ class EventStream(Response):
         if self._opening:
             yield self._opening
         try:
-            async with aclosing(with_pings(self._answer.events(), self._ping_s)) as events:
+            async with aclosing(self._answer.events()) as events:
                 async for event in events:
-                    yield translate.PING if event is None else self._write(event)
+                    yield self._write(event)
         except ServerError as error:
             yield translate.sse(errors.body(str(error), errors.shown(error), self._request_id))
 
-
-async def with_pings(events: AsyncGenerator[Event], ping_s: float) -> AsyncGenerator[Event | None]:
-    """The events, and None for every `ping_s` seconds without one. Closing it stops the wait for the next event."""
-    task: asyncio.Task[Event] | None = None
-    try:
+    async def _ping(self, send: Send) -> None:
+        """For ever: a comment after `ping_s` without a text. A task of its own, so that each event does not cost one."""
+        clock = asyncio.get_running_loop().time
         while True:
-            task = task or asyncio.ensure_future(_next(events))
-            done, _ = await asyncio.wait({task}, timeout=ping_s)
-            if not done:
-                yield None
+            silent_s = clock() - self._sent_at
+            if silent_s < self._ping_s:
+                await asyncio.sleep(self._ping_s - silent_s)
                 continue
-            finished, task = task, None
-            try:
-                event = finished.result()
-            except StopAsyncIteration:
-                return
-            yield event
-    finally:
-        if task:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        await events.aclose()
-
-
-async def _next(events: AsyncGenerator[Event]) -> Event:
-    return await anext(events)
+            self._sent_at = clock()
+            await send({"type": "http.response.body", "body": translate.PING.encode(), "more_body": True})

@@ -84,7 +84,7 @@ async def test_an_answer_that_outlasts_the_drain_ends_with_a_typed_error_never_i
 
 
 async def test_a_client_that_does_not_read_cannot_hold_a_drain(releases: Path) -> None:
-    engine = ScriptedEngine([Delta("x" * 4096)] * 20_000)
+    engine = ScriptedEngine([Delta("x" * 4096), 0.0] * 20_000)
     draining = Draining(releases, engine, drain_s=0.3)
     running = asyncio.create_task(draining.server.serve(sockets=[draining.listener]))
     await until(lambda: draining.server.started and bool(engine.loaded))
@@ -94,7 +94,7 @@ async def test_a_client_that_does_not_read_cannot_hold_a_drain(releases: Path) -
     await until(lambda: engine.running == 1)
     await asyncio.sleep(0.2)
     draining.server.should_exit = True
-    await asyncio.wait_for(running, 12)
+    await asyncio.wait_for(running, 10)
     assert engine.running == 0
     writer.close()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.chat import Delta, Finish, Usage
+from server.chat import Delta, Event, Finish, Usage
 from server.errors import SetupError
 from server.port import listen
 from tests.server.scripted import ScriptedEngine, serving, small_release, until
@@ -136,7 +136,7 @@ async def test_a_body_that_nobody_waits_for_cannot_keep_its_connection(releases:
 
 
 async def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(releases: Path) -> None:
-    flood = [Delta("x" * 4096)] * 20_000
+    flood: list[Event | float] = [Delta("x" * 4096), 0.0] * 20_000
     engine = ScriptedEngine([*flood, Finish("stop", Usage(1, 1))])
     async with serving(engine, releases, stall_timeout_s=0.5) as client:
         async with connected(client, limit=1024) as deaf:

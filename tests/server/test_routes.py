@@ -318,7 +318,7 @@ async def test_a_stream_that_waits_for_a_slot_carries_pings_and_leaves_the_queue
 
 
 async def test_an_idle_stream_carries_pings(releases: Path) -> None:
-    async with serving(ScriptedEngine([Delta("a"), 0.3, Finish("stop", Usage(1, 1))]), releases, ping_s=0.1) as client:
+    async with serving(ScriptedEngine([Delta("a"), 0.25, Finish("stop", Usage(1, 1))]), releases, ping_s=0.1) as client:
         reply = await client.post("/chat", json={"message": "Hi", "stream": True})
     assert reply.text.count(": ping\n\n") == 2
     assert sse(reply.text)[-1] == "[DONE]"
