@@ -17,7 +17,7 @@ from server import auth, logs, settings
 from server.app import create_app, make_engine
 from server.errors import ServerError, SetupError
 from server.limits import Limits
-from server.port import listen, make_server
+from server.port import allow_connections, listen, make_server
 from server.release import first_look, no_release
 
 
@@ -36,6 +36,7 @@ def serve(argv: Sequence[str]) -> int:
     chosen = settings.load(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, then raises the signal again
     logs.configure(chosen.log_format)
+    allow_connections(chosen.max_connections)
     with listen(chosen.host, chosen.port) as listener:
         if first_look(chosen.releases, chosen.state) is None:
             print(f"server: {no_release(chosen.releases)}", file=sys.stderr)

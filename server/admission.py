@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -108,7 +109,9 @@ class Admission:
                 await self._idle.wait()
         except TimeoutError:
             self.cut()
-            await asyncio.wait({asyncio.ensure_future(self._idle.wait())}, timeout=farewell_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(farewell_s):
+                    await self._idle.wait()
 
     def cut(self) -> None:
         """End every answer under way with an error, now."""
@@ -201,7 +204,7 @@ class Answer:
     def cut(self) -> None:
         """End it with an error: the server waits no longer."""
         self._is_cut = True
-        if self._limit:
+        if self._limit and not self._limit.expired():
             self._limit.reschedule(0)
 
     async def _next(self, limit_s: float) -> Event:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import resource
 import socket
 import uuid
 from dataclasses import dataclass
@@ -150,6 +151,14 @@ def make_server(app: FastAPI, chosen: Settings) -> Server:
         timeout_graceful_shutdown=FAREWELL_S,
     )
     return Server(config, app.state.admission, chosen.drain_s)
+
+
+def allow_connections(number: int) -> None:
+    """Let this process open so many, each with one to the engine; a shell's usual limit is 1024 files. What root forbids stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * number + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
