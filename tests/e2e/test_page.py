@@ -27,7 +27,7 @@ from tests.server.scripted import HELLO, ScriptedEngine, serving, small_release,
 if TYPE_CHECKING:
     from playwright.async_api import Browser, ConsoleMessage, Locator, Page, Request
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.e2e]
 
 PLENTY = Limits(requests_per_minute=1000, concurrent=100)
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
