@@ -4,11 +4,13 @@
     python -m bench.gateway --case fixed      # a fake engine whose first token takes 20 ms
     python -m bench.gateway --case relay      # a fake engine without a clock, beside nginx as a plain proxy
     python -m bench.gateway --case streams    # 2,000 answers at the same time, for --seconds
+    python -m bench.gateway --case release_switch --seconds 300    # 8 clients, 3 releases, 1 rollback; --engine ollama or embedded
 
 added, fixed: pairs of the same question, directly and through the gateway in turns, over connections that stay open; added_ttft is
 the percentile of through minus direct, pair by pair. relative_tokens_per_s: through over direct, the medians of rounds in turns.
 relay: events_per_cpu_s divides by the processor time of the gateway's, or nginx's, processes. streams: lost_streams are those with a
-token too few or out of order; memory is the gateway's resident set after a tenth of the time and at the end.
+token too few or out of order; memory is the gateway's resident set after a tenth of the time and at the end. release_switch:
+failed_requests are all that were not answered whole; nobody tries again.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bench import rows
+from bench import rows, switching
 from bench.fake_ollama import PROMPT_TOKENS
 from bench.streams import Client, Dialect, Seen
 from tests.server.real import (
@@ -65,8 +67,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=sorted(CASES), required=True)
     parser.add_argument("--pairs", type=int, default=500)
-    parser.add_argument("--clients", type=int, default=2000, help="of case streams")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of case streams")
+    parser.add_argument("--clients", type=int, default=None, help="of cases streams (2000) and release_switch (8)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of cases streams and release_switch")
+    parser.add_argument("--engine", choices=("ollama", "embedded"), default="ollama", help="of case release_switch")
     parser.add_argument("--out", type=Path, default=None, help="file to append to, instead of the one in bench/results/")
     options = parser.parse_args(arguments)
     rows.raise_file_limit()
@@ -82,14 +85,10 @@ Measured = Iterator[tuple[str, dict[str, Any], dict[str, Any]]]
 
 
 def added(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
-    binary = ollama_binary()
-    if binary is None:
-        raise SystemExit("bench.gateway: no Ollama: put one on PATH or name it in TRINITY_OLLAMA")
     release = base_release(folder / "gguf" / "base-0123456789ab")
-    (folder / "home").mkdir()
-    engine = undo.enter_context(ollama(folder / "home"))
-    gateway = undo.enter_context(gateway_of(engine.url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
-    direct = Way(engine.url, "ollama", release.model)
+    url = real_ollama(folder / "home", undo)
+    gateway = undo.enter_context(gateway_of(url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
+    direct = Way(url, "ollama", release.model)
     yield "ours", {"engine": "ollama", "clients": 1, "pairs": options.pairs}, asyncio.run(pairs(direct, gateway.way, options.pairs, 1))
     for clients in (1, 4):
         yield "ours", {"engine": "ollama", "clients": clients}, asyncio.run(throughput(direct, gateway.way, clients))
@@ -121,11 +120,21 @@ def relay(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measure
 
 
 def streams(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
-    gap_s = 1.0
+    gap_s, clients = 1.0, options.clients or 2000
     url = undo.enter_context(fake("--gap-s", str(gap_s)))
-    gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=options.clients))
-    metrics = asyncio.run(crowd(gateway, options.clients, round(options.seconds / gap_s), options.seconds))
-    yield "ours", {"engine": "fake", "clients": options.clients, "seconds": options.seconds}, metrics
+    gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=clients))
+    metrics = asyncio.run(crowd(gateway, clients, round(options.seconds / gap_s), options.seconds))
+    yield "ours", {"engine": "fake", "clients": clients, "seconds": options.seconds}, metrics
+
+
+def release_switch(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
+    clients = options.clients or 8
+    flags = ["--engine", options.engine, "--state", str(folder / "state"), "--releases", str(folder / "gguf")]
+    if options.engine == "ollama":
+        flags += ["--ollama-url", real_ollama(folder / "home", undo), "--ollama-models", str(folder / "home" / "models")]
+    directories = switching.releases_of(folder / "gguf", ("first", "second", "third"))
+    work = {"engine": options.engine, "clients": clients, "seconds": options.seconds, "releases": 3, "rollbacks": 1}
+    yield "ours", work, switching.measure(directories, flags, clients, options.seconds)
 
 
 CASES: dict[str, Callable[[argparse.Namespace, Path, ExitStack], Measured]] = {
@@ -133,6 +142,7 @@ CASES: dict[str, Callable[[argparse.Namespace, Path, ExitStack], Measured]] = {
     "fixed": fixed,
     "relay": relay,
     "streams": streams,
+    "release_switch": release_switch,
 }
 
 
@@ -226,6 +236,12 @@ def gateway_of(engine_url: str, release: Path, folder: Path, slots: int) -> Iter
         yield Gateway(Way(process.url, "gateway"), process.process.pid, model)
     finally:
         process.stop()
+
+
+def real_ollama(home: Path, undo: ExitStack) -> str:
+    if ollama_binary() is None:
+        raise SystemExit("bench.gateway: no Ollama: put one on PATH or name it in TRINITY_OLLAMA")
+    return undo.enter_context(ollama(home)).url
 
 
 def fake_release(folder: Path) -> Path:

@@ -84,9 +84,9 @@ class Keeper:
         while True:
             loading = self._state.loading()  # before the look: a loader takes its mark away after it wrote what is wanted
             await self._look()
-            await self._unload_retired()
             if not loading:
                 self._open.set()
+            await self._unload_retired()
             await asyncio.sleep(self._poll_s)
 
     def ended(self, running: asyncio.Task[None]) -> None:
