@@ -73,18 +73,24 @@ def document(app: FastAPI) -> dict[str, Any]:
     return tree
 
 
+def _once(app: FastAPI) -> dict[str, Any]:
+    """The document, kept where FastAPI keeps its own."""
+    app.openapi_schema = app.openapi_schema or document(app)
+    return app.openapi_schema
+
+
 def router() -> APIRouter:
     paths = APIRouter()
 
     @paths.get("/openapi.json", include_in_schema=False)
     async def openapi(request: Request) -> Response:
-        return JSONResponse(document(request.app))
+        return JSONResponse(_once(request.app))
 
     @paths.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         policy = f"default-src 'none'; style-src '{_hash(STYLE)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
-        return Response(page(document(request.app)), media_type="text/html", headers=headers)
+        return Response(page(_once(request.app)), media_type="text/html", headers=headers)
 
     return paths
 

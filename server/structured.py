@@ -16,13 +16,18 @@ import jsonschema_rs
 from server.chat import Delta, Event
 from server.errors import BadRequest, EngineError
 
+MAX_CHARS = 65_536
+"""Longest schema as JSON text: reading one takes time, in which nobody else is served."""
+
 
 def validator(schema: Mapping[str, Any]) -> jsonschema_rs.Validator:
     """What decides whether an answer meets `schema`. It fetches nothing, and its patterns take linear time.
 
     Raises:
-        BadRequest: it is no JSON Schema, or refers to something outside of itself.
+        BadRequest: it is no JSON Schema, too long, or refers to something outside of itself.
     """
+    if (length := len(json.dumps(schema))) > MAX_CHARS:
+        raise BadRequest(f"response_format.json_schema.schema: it is {length} characters long, and {MAX_CHARS} are read")
     try:
         return jsonschema_rs.validator_for(dict(schema), offline=True, pattern_options=jsonschema_rs.RegexOptions())
     except (ValueError, jsonschema_rs.ReferencingError) as error:

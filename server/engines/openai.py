@@ -125,7 +125,10 @@ class OpenAIEngine:
         response = await self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json={"model": name, **texts})
         if response.status_code != 200:
             return num_ctx
-        num_tokens = len(response.json()["tokens"])
+        try:
+            num_tokens = len(response.json()["tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{self.url}: /tokenize answers something else than tokens: {response.text[:300]}") from error
         if num_tokens >= num_ctx:
             raise PromptTooLong(num_tokens, num_ctx)
         return num_ctx - num_tokens

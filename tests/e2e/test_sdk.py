@@ -111,7 +111,7 @@ async def test_a_stream_that_breaks_off_raises(tmp_path: Path) -> None:
     small_release(tmp_path)
     async with (
         serving(ScriptedEngine([Delta("Hel"), EngineError("gone")]), tmp_path) as http,
-        openai.AsyncOpenAI(base_url=f"{http.base_url}v1", api_key="x") as client,
+        openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="x") as client,
     ):
         stream = await client.chat.completions.create(model="trinity", messages=[{"role": "user", "content": "Hi"}], stream=True)
         seen = []
@@ -126,7 +126,7 @@ async def test_a_refusal_for_want_of_room_is_retried_when_it_says_so(tmp_path: P
     engine = ScriptedEngine([Delta("a"), 1.0, Finish("stop", Usage(1, 1))])
     async with (
         serving(engine, tmp_path, waiting=0) as http,
-        openai.AsyncOpenAI(base_url=f"{http.base_url}v1", api_key="x") as client,
+        openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="x") as client,
     ):
         create = client.chat.completions.with_raw_response.create
         stream = await client.chat.completions.create(model="trinity", messages=[{"role": "user", "content": "1"}], stream=True)
@@ -144,7 +144,7 @@ async def test_without_its_key_the_sdk_says_unauthorized(tmp_path: Path) -> None
     small_release(tmp_path)
     async with (
         serving(ScriptedEngine(HELLO), tmp_path, host="0.0.0.0") as http,  # noqa: S104  # it listens on the loopback; this asks for keys
-        openai.AsyncOpenAI(base_url=f"{http.base_url}v1", api_key="tr-wrong") as client,
+        openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="tr-wrong") as client,
     ):
         with pytest.raises(openai.AuthenticationError, match="make key") as caught:
             await client.models.list()

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from server.manifest import Probe, Release
-from tests.server.real import GatewayProcess, OllamaProcess, gateway
+from tests.server.real import GatewayProcess
 from tests.server.scripted import sse
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture(scope="module", params=["embedded", "ollama"])
-def served(request: pytest.FixtureRequest, demo_release: Release) -> Iterator[GatewayProcess]:
-    flags = ["--releases", str(demo_release.directory), "--engine", request.param]
-    if request.param == "ollama":
-        process: OllamaProcess = request.getfixturevalue("ollama_process")
-        flags += ["--ollama-url", process.url]
-    with gateway(*flags) as running:
-        running.wait_ready(600)
-        yield running
+@pytest.fixture
+def served(each_engine: GatewayProcess) -> GatewayProcess:
+    return each_engine
 
 
 def turns(probe: Probe) -> list[dict[str, str]]:
@@ -36,7 +29,7 @@ def test_readyz_names_the_release(served: GatewayProcess, demo_release: Release)
 def test_chat_answers_every_probe_as_it_was_released_and_ends_by_itself(
     served: GatewayProcess, demo_release: Release, request: pytest.FixtureRequest
 ) -> None:
-    """Ollama carries another build of llama.cpp, whose rounding may decide a near tie otherwise: it is granted one answer in five."""
+    """Ollama and its llama-server are another build of llama.cpp, whose rounding may decide a near tie otherwise: one in five is granted."""
     probes = demo_release.probes[:20]
     assert len(probes) >= 3
     equal = 0

@@ -73,9 +73,10 @@ async def test_who_leaves_early_closes_the_engine_s_stream() -> None:
         {"$ref": "file:///etc/passwd"},
         {"$schema": "http://127.0.0.1:9/x"},
         {"minItems": "x"},
+        {"enum": ["x" * 70_000]},
     ],
 )
-def test_what_is_no_schema_or_leads_outside_is_refused_in_one_line(schema: dict[str, Any]) -> None:
+def test_what_is_no_schema_too_long_or_leads_outside_is_refused_in_one_line(schema: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match=r"^response_format\.json_schema\.schema: .+$") as caught:
         validator(schema)
     assert "\n" not in str(caught.value)

@@ -209,6 +209,14 @@ async def test_a_release_whose_probes_it_does_not_meet_is_refused_and_the_one_be
     assert await text(engine, release, ask("Hi", release, max_tokens=2))
 
 
+async def test_once_loaded_the_model_is_warm_and_says_where_it_computes(engine: Engine, release: Release) -> None:
+    """Ollama names the device of a model that is in memory, and of no other; an OpenAI server names none."""
+    await engine.load(release)
+    status = await engine.status(release.model)
+    assert status.ready
+    assert status.device in (("",) if isinstance(engine, OpenAIEngine) else ("cpu", "gpu"))
+
+
 async def test_loading_twice_changes_nothing(engine: Engine, release: Release) -> None:
     digest = await engine.load(release)
     assert digest == await engine.load(release) == (await engine.status(release.model)).digest
