@@ -74,6 +74,8 @@ async def test_who_leaves_early_closes_the_engine_s_stream() -> None:
         {"$schema": "http://127.0.0.1:9/x"},
         {"minItems": "x"},
         {"enum": ["x" * 70_000]},
+        {"properties": {"a": {"anyOf": [{"type": "array", "maxItems": 10**9}]}}},
+        {"minContains": 1e300},
     ],
 )
 def test_what_is_no_schema_too_long_or_leads_outside_is_refused_in_one_line(schema: dict[str, Any]) -> None:
