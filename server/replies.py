@@ -67,8 +67,8 @@ def refusal(error: ServerError, request_id: str) -> Response:
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     if row.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, BadHttp | BodyTooSlow | TooLarge):
-        headers["Connection"] = "close"  # what is left of the body is not waited for
+    if isinstance(error, BadHttp | BodyTooSlow):
+        headers["Connection"] = "close"
     return JSONResponse(errors.body(str(error), row, request_id), row.status, headers)
 
 

@@ -89,9 +89,13 @@ def within(seconds: float, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def rest(lines: Iterator[str]) -> list[Any]:
+    return sse("\n\n".join(line for line in lines if line))
+
+
 def failed(lines: Iterator[str]) -> dict[str, Any]:
     """The error that ends a stream, which says nothing after it."""
-    events = sse("\n".join(lines))
+    events = rest(lines)
     assert "[DONE]" not in events
     error: dict[str, Any] = events[-1]["error"]
     return error
@@ -154,7 +158,7 @@ def test_a_stop_in_mid_stream_lets_the_answer_end_and_sends_the_rest_elsewhere(s
         ready, new = running.http.get("/readyz"), running.http.post("/chat", json=SHORT)
         assert ready.json()["error"]["code"] == new.json()["error"]["code"] == "draining"
         assert new.headers["retry-after"] == "5"
-        events = sse("\n\n".join(line for line in lines if line))
+        events = rest(lines)
     assert events[-1] == "[DONE]" and len(events) > 60
     assert running.process.wait(timeout=20) == 0
 

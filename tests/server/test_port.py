@@ -135,6 +135,14 @@ async def test_a_body_that_nobody_waits_for_cannot_keep_its_connection(releases:
         assert await slow.trickle(b" " * 99, 0.05) < 2
 
 
+async def test_who_sends_far_too_much_still_gets_to_read_why(releases: Path) -> None:
+    """Closing at once would reset the connection under the client, who would see no reply at all."""
+    async with serving(ScriptedEngine(), releases) as client:
+        for _ in range(3):
+            reply = await client.post("/chat", content=b" " * 30_000_000, headers={"Content-Type": "application/json"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+
+
 async def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(releases: Path) -> None:
     flood: list[Event | float] = [Delta("x" * 4096), 0.0] * 20_000
     engine = ScriptedEngine([*flood, Finish("stop", Usage(1, 1))])
