@@ -5,6 +5,8 @@ e2e, a real Ollama and the llama-server that comes with it.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -226,3 +228,21 @@ async def test_a_model_that_is_not_there_is_an_engine_error(engine: Engine, rele
     with pytest.raises(EngineError, match="not"):
         [event async for event in engine.chat("nobody:0", ask("Hi", release))]
     assert not (await engine.status("nobody:0")).ready
+
+
+async def test_a_server_with_openais_api_that_is_killed_in_mid_answer_is_an_error_and_then_not_ready(release: Release) -> None:
+    """The other two engines' deaths have tests of their own."""
+    child = Child(release, slots=1, threads=1)
+    await child.start(120)
+    engine = OpenAIEngine(f"{child.address}/v1", slots=1, key=child.key, model=str(release.gguf))
+    await engine.load(release)
+    stream = engine.chat(release.model, replace(ask("Hi", release), max_tokens=200, stop=()))
+    assert isinstance(await anext(stream), Delta)
+    assert child.pid
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="broke off"):
+        async for _ in stream:
+            pass
+    assert not (await engine.status(release.model)).ready
+    await engine.close()
+    await child.close()
