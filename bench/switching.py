@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def measure(directories: Sequence[Path], flags: Sequence[str], clients: int, sec
     try:
         process.wait_ready()
         changes = [*(["load", str(directory)] for directory in directories[1:]), ["rollback"]]
-        asked = asyncio.run(_asking(process.url, clients, seconds, [lambda words=words: command(words, flags) for words in changes]))
+        asked = asyncio.run(_asking(process.url, clients, seconds, [partial(command, words, flags) for words in changes]))
         live = process.wait_ready()["model"]
     finally:
         process.stop()
@@ -82,29 +82,33 @@ def summary(asked: Sequence[Asked]) -> dict[str, Any]:
 
 
 async def _asking(url: str, clients: int, seconds: float, changes: Sequence[Callable[[], None]]) -> list[Asked]:
-    ends = time.monotonic() + seconds
-    asking = [asyncio.create_task(_client(url, number, ends)) for number in range(clients)]
-    for number, change in enumerate(changes):
-        await asyncio.sleep(max(0.0, ends - seconds + seconds * (number + 1) / (len(changes) + 1) - time.monotonic()))
-        await asyncio.to_thread(change)
-    return [one for many in await asyncio.gather(*asking) for one in many]
+    """Clients ask until the last change is over, and between two changes each of them was answered twice at least."""
+    began, asked, enough = time.monotonic(), list[Asked](), asyncio.Event()
+    asking = [asyncio.create_task(_client(url, number, asked, enough)) for number in range(clients)]
+    for number, change in enumerate([*changes, None], start=1):
+        heard = len(asked) + 2 * clients
+        while len(asked) < heard or time.monotonic() < began + seconds * number / (len(changes) + 1):  # noqa: ASYNC110  # answers and a clock
+            await asyncio.sleep(0.05)
+        if change:
+            await asyncio.to_thread(change)
+    enough.set()
+    await asyncio.gather(*asking)
+    return asked
 
 
-async def _client(url: str, number: int, ends: float) -> list[Asked]:
-    """One client; even ones stream. No retries: whatever is not a whole answer counts."""
+async def _client(url: str, number: int, asked: list[Asked], enough: asyncio.Event) -> None:
+    """One client, once at least; even ones stream. No retries: whatever is not a whole answer counts."""
     ask: Callable[[httpx2.AsyncClient], Awaitable[Asked]] = _streamed if number % 2 == 0 else _whole
-    asked = []
     async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-        for turn in count():
-            if turn and time.monotonic() > ends:
-                break
+        while True:
             began = time.monotonic()
             try:
                 one = await ask(client)
             except httpx2.HTTPError as error:
                 one = Asked("", type(error).__name__, 0.0)
             asked.append(one._replace(wall_s=time.monotonic() - began))
-    return asked
+            if enough.is_set():
+                return
 
 
 async def _whole(client: httpx2.AsyncClient) -> Asked:

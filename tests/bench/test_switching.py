@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,15 @@ def anyio_backend() -> str:
 async def asked(tmp_path: Path, engine: ScriptedEngine, number: int) -> list[switching.Asked]:
     small_release(tmp_path)
     async with serving(engine, tmp_path) as client:
-        return await switching._client(str(client.base_url), number, time.monotonic())
+        return await once(str(client.base_url), number)
+
+
+async def once(url: str, number: int) -> list[switching.Asked]:
+    asked: list[switching.Asked] = []
+    enough = asyncio.Event()
+    enough.set()
+    await switching._client(url, number, asked, enough)
+    return asked
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -42,7 +50,7 @@ async def test_an_answer_that_breaks_off_is_a_failed_request(tmp_path: Path, num
 
 async def test_a_refusal_and_a_server_that_is_not_there_are_failed_requests(tmp_path: Path) -> None:
     [refused] = await asked(tmp_path, ScriptedEngine([EngineError("gone")]), 0)
-    [gone] = await switching._client("http://127.0.0.1:9", 1, time.monotonic())
+    [gone] = await once("http://127.0.0.1:9", 1)
     found = switching.summary([refused, gone])
     assert (found["requests"], found["failed_requests"]) == (2, 2)
     assert found["problems"] == {"502 gone": 1, "ConnectError": 1}

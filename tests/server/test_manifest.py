@@ -97,9 +97,9 @@ def test_a_release_is_found_by_the_link_or_named_itself(tmp_path: Path) -> None:
 def test_without_the_link_the_newest_whole_release_is_found_and_a_torn_one_is_not(tmp_path: Path) -> None:
     """Drive and Windows lose links, or make a file of them."""
     for name, moment in (("a-0123456789ab", "2027-01-01T00:00:00Z"), ("b-0123456789ab", "2026-12-01T00:00:00Z")):
-        edit(small_release(tmp_path, name), lambda tree, moment=moment: tree.update(created=moment))
+        edit(small_release(tmp_path, name), created(moment))
     torn = small_release(tmp_path, "c-0123456789ab")
-    edit(torn, lambda tree: tree.update(created="2028-01-01T00:00:00Z"))
+    edit(torn, created("2028-01-01T00:00:00Z"))
     (torn / "model.gguf").unlink()
     (tmp_path / "current").unlink()
     assert manifest.find(tmp_path) == tmp_path / "a-0123456789ab"
@@ -109,6 +109,10 @@ def test_without_the_link_the_newest_whole_release_is_found_and_a_torn_one_is_no
     (torn / "model.gguf").write_bytes(b"GGUF and nothing else")
     assert manifest.stamp(tmp_path) != before
     assert manifest.find(tmp_path) == torn
+
+
+def created(moment: str) -> Callable[[Any], None]:
+    return lambda tree: tree.update(created=moment)
 
 
 def test_a_release_whose_name_is_a_path_is_refused(directory: Path) -> None:

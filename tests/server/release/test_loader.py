@@ -184,18 +184,18 @@ async def test_a_disk_that_is_too_small_for_an_archive_is_said_before_it_is_unpa
 
 def write_sparse(path: Path, directory: Path) -> None:
     """A tar whose GGUF is one hole: its list promises more bytes than there are on this disk."""
+    gguf = directory / "model.gguf"
     with tarfile.open(path, "w") as file:
-        for item in sorted(directory.iterdir(), key=lambda item: item.name == "model.gguf"):
-            info = tarfile.TarInfo(item.name)
-            info.size = item.stat().st_size
-            if item.name == "model.gguf":
-                assert file.fileobj
-                file.fileobj.write(info.tobuf())
-                file.fileobj.truncate(file.fileobj.tell() + -(-info.size // 512) * 512)
-                file.fileobj.seek(0, os.SEEK_END)
-            else:
-                with item.open("rb") as content:
-                    file.addfile(info, content)
+        for item in directory.iterdir():
+            if item != gguf:
+                file.add(item, arcname=item.name)
+        at = file.offset
+    info = tarfile.TarInfo(gguf.name)
+    info.size = gguf.stat().st_size
+    with path.open("r+b") as raw:
+        raw.seek(at)
+        raw.write(info.tobuf(tarfile.GNU_FORMAT))
+        raw.truncate(raw.tell() + info.size + 20 * 512)
 
 
 def test_two_loaders_take_turns(shop: Shop) -> None:
