@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -115,16 +115,19 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
+Writing = Callable[[], tuple[str, translate.Writer]]
+"""Called at the first event: a stream's opening text and what writes its events."""
+
+
 class EventStream(Response):
     """Server-sent events of an answer that has started. Owns the answer: closes it at the end, on an error, or when the client leaves."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, opening: str, write: translate.Writer, ping_s: float, request_id: str) -> None:
+    def __init__(self, answer: Answer, write: Writing, ping_s: float, request_id: str) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._answer = answer
-        self._opening = opening
         self._write = write
         self._ping_s = ping_s
         self._request_id = request_id
@@ -154,12 +157,14 @@ class EventStream(Response):
 
     async def _texts(self) -> AsyncGenerator[str]:
         """The stream's text; an error in the middle becomes an event of its own, without a [DONE] after it."""
-        if self._opening:
-            yield self._opening
+        write: translate.Writer | None = None
         try:
             async with aclosing(self._answer.events()) as events:
                 async for event in events:
-                    yield self._write(event)
+                    opening = ""
+                    if write is None:
+                        opening, write = self._write()
+                    yield opening + write(event)
         except ServerError as error:
             yield translate.sse(errors.body(str(error), errors.shown(error), self._request_id))
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,13 +20,20 @@ from server.engines import Engine
 from server.errors import NotReady, ReleaseError
 from server.manifest import Release
 from server.release import Keeper
-from server.replies import EventStream, read, unless_gone
+from server.replies import EventStream, Writing, read, unless_gone
 from server.schemas import Alive, ChatBody, ChatEvent, ChatReply, CompletionBody, CompletionChunk, CompletionReply, ModelList, Ready
 from server.settings import Settings
 from server.structured import checked, validator
 
 CHAT_EXAMPLE = '{"message": "Hello"}'
 COMPLETION_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+
+@dataclass
+class Served:
+    """Who gives an answer; certain once its first event is there, since a request may wait while releases change."""
+
+    model: str
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Gateway:
     keeper: Keeper
     admission: Admission
 
-    def answer(self, asked: translate.Asked) -> tuple[Answer, str]:
-        """An answer that has not started, and the name of the model that will give it.
+    def answer(self, asked: translate.Asked) -> tuple[Answer, Served]:
+        """An answer that has not started, and who gives it.
 
         Raises:
             NotReady, ReleaseError: nothing is served. BadRequest: the conversation or the model's name cannot be.
@@ -47,12 +55,14 @@ class Gateway:
         release = self.keeper.serving()
         translate.check_model(asked.model, release)
         wished = self._request(asked, release).schema  # what cannot be is refused before it waits
-        events = self._events(asked)
-        return Answer(self.admission, events if wished is None else checked(events, validator(wished))), release.model
+        served = Served(release.model)
+        events = self._events(asked, served)
+        return Answer(self.admission, events if wished is None else checked(events, validator(wished))), served
 
-    async def _events(self, asked: translate.Asked) -> AsyncGenerator[Event]:
+    async def _events(self, asked: translate.Asked, served: Served) -> AsyncGenerator[Event]:
         """The answer of the release that is served once it is this request's turn; that one stays loaded until the end."""
         async with self.keeper.lease() as release:
+            served.model = release.model
             request = self._request(asked, release)
             async with aclosing(self.engine.chat(release.model, request)) as events:
                 async for event in events:
@@ -73,11 +83,12 @@ def router(gateway: Gateway) -> APIRouter:
         """One question or a whole conversation; one JSON object, or server-sent events that end in [DONE]."""
         body = await read(request, ChatBody, limit, CHAT_EXAMPLE)
         asked = translate.chat(body, "text/event-stream" in request.headers.get("accept", ""))
-        answer, model = gateway.answer(asked)
+        answer, served = gateway.answer(asked)
         id = f"chat-{uuid.uuid4().hex}"
         if asked.stream:
-            return await _stream(gateway, request, answer, "", translate.chat_events(id, model))
-        return JSONResponse(translate.chat_reply(id, model, await _whole(request, answer)))
+            return await _stream(gateway, request, answer, lambda: ("", translate.chat_events(id, served.model)))
+        whole = await _whole(request, answer)
+        return JSONResponse(translate.chat_reply(id, served.model, whole))
 
     described = docs.body(CompletionBody, COMPLETION_EXAMPLE)
 
@@ -88,12 +99,14 @@ def router(gateway: Gateway) -> APIRouter:
         """OpenAI's chat completion, for every client of it: base URL SERVER/v1, and any key where the server has none."""
         body = await read(request, CompletionBody, limit, COMPLETION_EXAMPLE)
         asked = translate.completion(body)
-        answer, model = gateway.answer(asked)
+        answer, served = gateway.answer(asked)
         id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if asked.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await _stream(gateway, request, answer, *translate.completion_events(id, model, created, include_usage))
-        return JSONResponse(translate.completion_reply(id, model, created, await _whole(request, answer)))
+            write = partial(translate.completion_events, id, created=created, include_usage=include_usage)
+            return await _stream(gateway, request, answer, lambda: write(served.model))
+        whole = await _whole(request, answer)
+        return JSONResponse(translate.completion_reply(id, served.model, created, whole))
 
     @paths.get("/v1/models", response_model=ModelList, responses=failures(docs.ASKED), openapi_extra={"security": docs.GUARDED})
     async def models() -> Response:
@@ -126,11 +139,11 @@ async def _whole(request: Request, answer: Answer) -> translate.Whole:
         return await unless_gone(request.receive, collect())
 
 
-async def _stream(gateway: Gateway, request: Request, answer: Answer, opening: str, write: translate.Writer) -> Response:
+async def _stream(gateway: Gateway, request: Request, answer: Answer, write: Writing) -> Response:
     """Headers go out once the first event is there, so that what fails before is a plain error with its own status; or, for the
     sake of proxies, once nothing came for so long that a comment is due."""
     async with AsyncExitStack() as undo:
         await undo.enter_async_context(answer)
         await unless_gone(request.receive, answer.start(gateway.settings.ping_s))
         undo.pop_all()  # the stream owns the answer from here on
-    return EventStream(answer, opening, write, gateway.settings.ping_s, request.state.request_id)
+    return EventStream(answer, write, gateway.settings.ping_s, request.state.request_id)

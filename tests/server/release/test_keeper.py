@@ -20,7 +20,7 @@ from server.manifest import Release
 from server.release import Keeper, first_look
 from server.release.state import STALE_S, Entry, State, Wanted
 from tests.server.real import lives
-from tests.server.scripted import ScriptedEngine, small_release, until
+from tests.server.scripted import ScriptedEngine, serving, small_release, until
 
 pytestmark = pytest.mark.anyio
 A, B, C = "a-0123456789ab", "b-0123456789ab", "c-0123456789ab"
@@ -222,6 +222,26 @@ async def test_a_loader_that_was_killed_holds_nobody_up_for_long(tmp_path: Path,
             long_ago = time.time() - STALE_S - 1
             os.utime(state.directory / "loading", (long_ago, long_ago))
             assert await asyncio.wait_for(waiting, 5) == A
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reply_names_the_release_that_gave_it_and_not_the_one_at_its_arrival(
+    tmp_path: Path, state: State, path: str, stream: bool
+) -> None:
+    engine = Shelf()
+    loaded(state, engine, manifest.read(small_release(tmp_path, A)))
+    async with serving(engine, tmp_path, wait=False) as client:
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110  # what is waited for is asked over HTTP
+            await asyncio.sleep(0.05)
+        with state.mark():
+            body = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+            asking = asyncio.create_task(client.post(path, json=body))
+            await asyncio.sleep(0.2)
+            assert not asking.done()
+            loaded(state, engine, manifest.read(small_release(tmp_path, B)))
+        text = (await asking).text
+    assert f"trinity:{B}" in text and f"trinity:{A}" not in text
 
 
 async def leased(keeper: Keeper) -> str:
