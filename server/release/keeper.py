@@ -16,7 +16,7 @@ from pathlib import Path
 
 from server import manifest
 from server.engines import Engine
-from server.errors import EngineError, NotReady, ReleaseError, ServerError
+from server.errors import EngineError, NotReady, ReleaseError, ServerError, SetupError
 from server.manifest import Release
 from server.release.state import Entry, State
 
@@ -107,7 +107,7 @@ class Keeper:
             await self._serve_wanted()
         except ReleaseError as error:
             self._note(ReleaseError, str(error))
-        except EngineError as error:
+        except (EngineError, SetupError) as error:
             self._note(NotReady, str(error))
             failures = self._failures + 1 if seen == self._settled else 1
             self._not_before = now + PAUSES_S[min(failures, len(PAUSES_S)) - 1]
@@ -123,6 +123,7 @@ class Keeper:
 
     async def _serve_entry(self, entry: Entry) -> None:
         """Serve what a loader left; an engine that has it already is not asked to load it again."""
+        await self._engine.check()  # an engine that is not there must not look like one that lost the model
         status = await self._engine.status(entry.release.model)
         if status.ready and status.digest == entry.digest:
             self._switch(entry.release, entry.digest)

@@ -134,6 +134,8 @@ class Loader:
             wanted = Wanted(engine=self._settings.engine, live=live, previous=_other(before, release), rolled_back=rolled_back)
             self._state.write(wanted)
         self._say(f"{release.model} is wanted from now on")
+        if self._settings.engine == "embedded":
+            await self._host.unload(release.model)  # each gateway has a child of its own
         await self._tidy(wanted)
         return wanted
 

@@ -15,7 +15,7 @@ from server import conversation, manifest
 from server.chat import Delta, Event, Finish, Message, Wishes
 from server.engines import Engine, Status
 from server.engines.embedded import EmbeddedEngine
-from server.errors import EngineError, NotReady, ReleaseError
+from server.errors import EngineError, NotReady, ReleaseError, SetupError
 from server.manifest import Release
 from server.release import Keeper, first_look
 from server.release.state import STALE_S, Entry, State, Wanted
@@ -164,6 +164,19 @@ async def test_what_a_loader_wants_is_served_without_loading_it_again_though_its
         assert engine.loads == [], "current is not what is wanted once a loader has said so"
         loaded(state, engine, manifest.read(tmp_path / A))
         await until(lambda: serves(keeper, A) and list(engine.models) == [f"trinity:{A}"])
+
+
+async def test_an_engine_that_is_not_there_yet_has_not_lost_its_model(tmp_path: Path, state: State) -> None:
+    engine = Shelf()
+    release = manifest.read(small_release(tmp_path, A))
+    loaded(state, engine, release)
+    release.gguf.unlink()
+    engine.problem = SetupError("no Ollama answers")
+    async with keeping(tmp_path, engine, state) as keeper:
+        await until(lambda: why(keeper) == "no Ollama answers")
+        engine.problem = None
+        await until(lambda: serves(keeper, A))
+    assert engine.loads == []
 
 
 async def test_what_the_engine_has_not_as_it_was_loaded_is_loaded_from_its_files(tmp_path: Path, state: State) -> None:

@@ -60,6 +60,7 @@ class Shop:
     async def load(self, source: Path) -> None:
         loader = self.loader()
         await loader.load(source)
+        assert not cast("EmbeddedEngine", loader._host).child_alive, "a loader that watches must not keep a second model in memory"
         await loader._host.close()
 
     def wanted(self) -> tuple[str, str]:
