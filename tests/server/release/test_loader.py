@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from server import manifest
+from server.chat import Finish, Usage
 from server.engines.embedded import EmbeddedEngine
 from server.errors import ReleaseError
 from server.manifest import Release
@@ -26,7 +27,7 @@ from server.release.loader import Host, Loader
 from server.release.state import State
 from server.settings import Settings
 from tests.server.real import ROOT, clean_environment
-from tests.server.scripted import until
+from tests.server.scripted import ScriptedEngine, until
 
 pytestmark = pytest.mark.anyio
 KILLS = 5
@@ -119,6 +120,49 @@ async def test_a_bad_release_never_takes_the_place_of_a_good_one(shop: Shop, wro
     assert done.stderr.count("\n") == 1
     assert shop.state.path.read_bytes() == before
     assert not list(shop.state.directory.glob("releases/*"))
+
+
+class Store(ScriptedEngine):
+    """What the loader sees of an Ollama; the real one is asked in tests/e2e/test_release_load.py."""
+
+    def __init__(self, state: State, lacking: int = 0) -> None:
+        super().__init__([Finish("stop", Usage(2, 1))])
+        self.state, self.lacking = state, lacking
+        self.steps: list[str] = []
+
+    async def lacks(self, release: Release) -> int:
+        return self.lacking
+
+    async def place(self, release: Release) -> None:
+        self.steps.append("place, marked" if self.state.loading() else "place")
+
+    async def load(self, release: Release) -> str:
+        self.steps.append("load, marked" if self.state.loading() else "load")
+        return await super().load(release)
+
+    async def held_bytes(self) -> int:
+        return 0
+
+    async def prune(self, name: str, keep: Collection[str]) -> list[str]:
+        self.steps.append(f"prune, but {len(keep)}")
+        return []
+
+
+@pytest.mark.parametrize(("models", "load"), [(1, "load, marked"), (2, "load")])
+async def test_requests_wait_only_for_the_probes_and_only_where_there_is_one_slot(shop: Shop, models: int, load: str) -> None:
+    store = Store(shop.state)
+    chosen = Settings(state=shop.state.directory, engine="ollama", engine_models=models)
+    await Loader(chosen, store, shop.said.append).load(shop.add(SECOND))
+    assert store.steps == ["place", load, "prune, but 1"]
+    assert not shop.state.loading()
+
+
+async def test_a_disk_without_room_for_ollamas_copy_is_said_before_anything_is_sent(shop: Shop, tmp_path: Path) -> None:
+    store = Store(shop.state, lacking=1 << 60)
+    chosen = Settings(state=shop.state.directory, engine="ollama", ollama_models=tmp_path)
+    with pytest.raises(ReleaseError, match=r"does not fit on disk .*Ollama's copy 1152921504\.6 GB"):
+        await Loader(chosen, store, shop.said.append).load(shop.add(SECOND))
+    assert store.steps == [] and not shop.state.path.exists()
 
 
 def flipped(content: bytes) -> bytes:
