@@ -12,7 +12,7 @@ from typing import Self
 
 from server import logs
 from server.chat import Event, Finish
-from server.errors import AnswerTooLong, Busy, ClientGone, Draining, EngineError, EngineStalled, ServerError, shown
+from server.errors import AnswerTooLong, Busy, ClientGone, Draining, EngineError, EngineStalled, QueueTimeout, ServerError, shown
 from server.metrics import Metrics
 
 
@@ -81,7 +81,7 @@ class Admission:
                 await turn
             entered = True
         except TimeoutError:
-            raise Busy(f"no slot came free within {self.timeouts.queue_s:g} s: try again in a moment") from None
+            raise QueueTimeout(f"no slot came free within {self.timeouts.queue_s:g} s: try again in a moment") from None
         finally:
             if turn in self._queue:
                 self._queue.remove(turn)

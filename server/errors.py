@@ -62,6 +62,10 @@ class Busy(ServerError):
     """All slots are taken and so is the waiting room."""
 
 
+class QueueTimeout(Busy):
+    """No slot came free in time."""
+
+
 class TooManyRequests(ServerError):
     """A key asks for more than its limits. `retry_after_s`: when it may ask again."""
 
@@ -128,6 +132,7 @@ TABLE: Mapping[type[Exception], Shown] = {
     UnknownModel: Shown(404, "invalid_request_error", "model_not_found"),
     PromptTooLong: Shown(400, "invalid_request_error", "context_length_exceeded"),
     Busy: Shown(503, "overloaded_error", "queue_full", 2),
+    QueueTimeout: Shown(504, "overloaded_error", "queue_timeout", 5),
     TooManyRequests: Shown(429, "rate_limit_error", "too_many_requests", 1),
     Draining: Shown(503, "unavailable_error", "draining", 5),
     Unauthorized: Shown(401, "authentication_error", "unauthorized"),

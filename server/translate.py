@@ -101,8 +101,11 @@ def completion_reply(id: str, model: str, created: int, answer: Whole) -> dict[s
     return {**head, "choices": [choice], "usage": usage(answer.finish.usage)}
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one an event
+
+
 def sse(tree: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(tree, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(tree)}\n\n"
 
 
 Writer = Callable[[Event], str]

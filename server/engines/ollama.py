@@ -40,7 +40,8 @@ class OllamaEngine:
         self.slots = slots
         self.url = url.rstrip("/")
         # Time-outs belong to admission; only connecting may not hang.
-        self._http = httpx2.AsyncClient(base_url=self.url, timeout=httpx2.Timeout(None, connect=5.0), trust_env=False)
+        limits = httpx2.Limits(max_keepalive_connections=slots)  # and no limit on connections: admission has it
+        self._http = httpx2.AsyncClient(base_url=self.url, timeout=httpx2.Timeout(None, connect=5.0), limits=limits, trust_env=False)
         self._admin = ollama.AsyncClient(host=self.url, timeout=ADMIN_TIMEOUT_S, trust_env=False)
         self._digests: dict[str, str] = {}
         self._placed: dict[str, tuple[Manifest, str]] = {}

@@ -339,7 +339,9 @@ async def test_a_wait_for_a_slot_has_an_end(releases: Path) -> None:
     engine = ScriptedEngine([0.5, *ScriptedEngine().script])
     async with serving(engine, releases, queue_timeout_s=0.1) as client:
         replies = await asyncio.gather(*(client.post("/chat", json={"message": "Hi"}) for _ in range(2)))
-    assert sorted(reply.status_code for reply in replies) == [200, 503]
+    assert sorted(reply.status_code for reply in replies) == [200, 504]
+    late = next(reply for reply in replies if reply.status_code == 504)
+    assert error(late)["code"] == "queue_timeout" and late.headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("stream", [False, True])
