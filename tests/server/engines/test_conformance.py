@@ -51,7 +51,8 @@ async def make(kind: str, request: pytest.FixtureRequest, release: Release, clos
         await child.start(120)
         return OpenAIEngine(f"{child.address}/v1", slots=1, key=child.key, model=str(release.gguf))
     if kind == "llama-server":
-        return OpenAIEngine(closing.enter_context(llama_server(release)), slots=1)
+        # Vouched for, so that a release of another name gets as far as its probes.
+        return OpenAIEngine(closing.enter_context(llama_server(release)), slots=1, model=release.model)
     process: OllamaProcess = request.getfixturevalue("ollama_process")
     return OllamaEngine(process.url, slots=1)
 
