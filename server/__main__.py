@@ -49,7 +49,12 @@ def first_key(chosen: settings.Settings, address: str) -> None:
     keys = auth.Keys.open(chosen.keys_file)
     if auth.is_loopback(chosen.host) or len(keys):
         return
-    secret = keys.make("first", _limits(chosen))
+    try:
+        secret = keys.make("first", _limits(chosen))
+    except SetupError:
+        if len(keys):  # a copy of this server that starts at the same moment was faster, and shows it
+            return
+        raise
     print(
         f"server: made the first API key, shown only now: {secret}\nserver: chat page: {address}/#key={secret}", file=sys.stderr, flush=True
     )

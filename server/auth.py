@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +31,10 @@ from server.replies import refusal
 
 log = logging.getLogger(__name__)
 
+FORWARDED = frozenset(
+    {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-server", "x-real-ip"}
+)
+"""Headers that only proxies write."""
 OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 """Paths without a key: a browser cannot send one with the address it opens, and they are the same for everybody."""
 PREFIX = "tr-"
@@ -79,7 +83,8 @@ class Keys:
     def open(cls, path: Path) -> Keys:
         """Raises SetupError when the file is there and is no file of keys."""
         keys = cls(path)
-        keys._records, keys._seen = _read(path), _stamp(path)
+        keys._seen = _stamp(path)  # before it is read: a change in between is then seen later, not never
+        keys._records = _read(path)
         return keys
 
     def __len__(self) -> int:
@@ -230,7 +235,7 @@ class Guard:
         if scope["path"] in OPEN:
             return LOCAL
         if self._local and not len(self._keys):
-            self._check_host([value.decode("latin-1") for name, value in headers if name == b"host"])
+            self._check_local(headers)
             return LOCAL
         given = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
         scheme, _, secret = given[0].partition(" ") if len(given) == 1 else ("", "", "")
@@ -241,6 +246,15 @@ class Guard:
                 + ": send it as `Authorization: Bearer KEY`; whoever runs the server makes one with `make key`"
             )
         return caller
+
+    def _check_local(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """A proxy on this machine brings the world with it, and nginx calls this server by a name of the loopback."""
+        if passed := sorted({name.decode("latin-1") for name, _ in headers} & FORWARDED):
+            raise ForbiddenHost(
+                f"this server has no key and answers only to this machine, but a proxy stands before it ({', '.join(passed)}): make a key "
+                "with `make key`"
+            )
+        self._check_host([value.decode("latin-1") for name, value in headers if name == b"host"])
 
     def _check_host(self, given: list[str]) -> None:
         host = given[0] if len(given) == 1 else ""

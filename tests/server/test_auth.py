@@ -173,6 +173,18 @@ async def test_without_a_key_only_names_of_the_loopback_and_listed_ones_are_answ
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "Via", "X-Real-IP"])
+async def test_without_a_key_what_came_through_a_proxy_is_refused(releases: Path, keys: Keys, name: str) -> None:
+    async with serving(ScriptedEngine(), releases) as client:
+        refused = await client.post("/chat", json=HI, headers={name: "203.0.113.7"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (421, "forbidden_host")
+        assert "make key" in refused.json()["error"]["message"]
+        assert (await client.post("/chat", json=HI)).status_code == 200
+        secret = keys.make("alice", MANY)
+        assert (await client.post("/chat", json=HI, headers=bearer(secret) | {name: "203.0.113.7"})).status_code == 200
+
+
+@pytest.mark.anyio
 async def test_with_a_key_any_host_is_answered(releases: Path, keys: Keys) -> None:
     secret = keys.make("alice", MANY)
     async with serving(ScriptedEngine(), releases) as client:

@@ -60,6 +60,7 @@ async def test_an_ollama_that_hangs_up_on_an_admin_call_is_an_engine_error(tmp_p
             "prompt_eval_count": len(first.prompt_ids),
         },
         "/api/copy": {},
+        "/api/tags": {"models": []},
     }
     single = type(release)(release.directory, release.manifest, (first,))
     async with speaking(replies | {path: None}) as engine:
