@@ -212,6 +212,17 @@ def _problem(directory: Path, name: str, file: File) -> str | None:
     return None
 
 
+def same_content(one: Manifest, other: Manifest) -> bool:
+    """Whether both make an engine answer alike; a release that was made twice differs in `created`."""
+    return (one.files, one.prompt) == (other.files, other.prompt)
+
+
+def check_id(live: Manifest, new: Manifest) -> None:
+    """Raises ReleaseError for another content under the id of what answers: engines know a model by it and would overwrite that one."""
+    if live.release == new.release and not same_content(live, new):
+        raise ReleaseError(f"{new.name}:{new.release} is in service with another prompt or other files; an id names one content: release again")
+
+
 def leads_out(name: str) -> bool:
     """Whether a name from a file, read as on Unix or as on Windows, means something outside of its directory."""
     windows = PureWindowsPath(name)

@@ -56,9 +56,13 @@ class OpenAIEngine:
                 f"{self.url} has no model {name} but {', '.join(listed) or 'none at all'}: start it with --served-model-name {name} (vLLM) "
                 f"or --alias {name} (llama-server), or vouch for another name with --openai-model"
             )
+        before = self._loaded.get(release.model)
         with ExitStack() as undo:
             self._loaded[release.model] = (name, release.manifest.prompt.num_ctx)
-            undo.callback(self._loaded.pop, release.model)
+            if before:  # which may be answering
+                undo.callback(self._loaded.update, {release.model: before})
+            else:
+                undo.callback(self._loaded.pop, release.model)
             await probes.check(self, release.model, release)
             undo.pop_all()
         return name

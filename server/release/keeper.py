@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PAUSES_S = (2.0, 2.0, 5.0, 10.0, 30.0)
 """Before an engine that failed to load a release is asked again; the last one for ever after."""
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What a bug of ours, or a disk that fails, raises: it must not end the watch for releases."""
+MISTAKE = "the server made a mistake when it looked for its release; its log knows more"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Keeper:
         self._settled: tuple[object, ...] | None = None
         self._failures = 0
         self._not_before = 0.0
+        self._mistakes = 0
+        self._resting_until = 0.0
+        self._ended = False
         self._leases: Counter[str] = Counter()
         self._retired: list[Release] = []
         self._open = asyncio.Event()
@@ -58,9 +64,16 @@ class Keeper:
     async def ready(self) -> str:
         """One line about the engine that is ready to answer. Raises like serving(), or NotReady when the engine is not."""
         release = self.serving()
+        if self._ended:
+            raise NotReady(f"{MISTAKE}: start it again")
         status = await self._engine.status(release.model)
-        if not status.ready or (self._live and self._live.release == release and status.digest != self._live.digest):
+        if not status.ready:
             raise NotReady(status.detail)
+        if self._live and self._live.release == release and status.digest != self._live.digest:
+            raise NotReady(
+                f"{release.model} was replaced at the engine (it has {status.digest[:19]}, its probes were put to {self._live.digest[:19]}): "
+                "load it again with `python -m server release load`"
+            )
         return f"{status.detail}; wanted but not served: {self._refused}" if self._refused else status.detail
 
     @asynccontextmanager
@@ -69,7 +82,7 @@ class Keeper:
 
         Raises like serving().
         """
-        if self._state.loading():  # asked here, since the next look may be too late
+        if self._state.loading() and not self._ended:  # asked here, since the next look may be too late
             self._open.clear()
         await self._open.wait()
         release = self.serving()
@@ -82,19 +95,38 @@ class Keeper:
     async def run(self) -> None:
         """For ever: serve what is wanted."""
         while True:
-            loading = self._state.loading()  # before the look: a loader takes its mark away after it wrote what is wanted
-            await self._look()
-            if not loading:
-                self._open.set()
-            await self._unload_retired()
+            try:
+                await self._round()
+            except MISTAKES as error:
+                self._rest(error)
             await asyncio.sleep(self._poll_s)
 
+    async def _round(self) -> None:
+        loading = self._state.loading()  # before the look: a loader takes its mark away after it wrote what is wanted
+        try:
+            if asyncio.get_running_loop().time() >= self._resting_until:
+                await self._look()
+                self._mistakes = 0
+        finally:
+            if not loading:
+                self._open.set()
+        await self._unload_retired()
+
+    def _rest(self, error: Exception) -> None:
+        """After a mistake: look again, but not at once; rounds go on, so that nobody waits before a closed gate meanwhile."""
+        log.error("looking for releases failed", exc_info=error)
+        self._note(NotReady, f"{MISTAKE} and it is tried again")
+        self._settled = None
+        self._resting_until = asyncio.get_running_loop().time() + PAUSES_S[min(self._mistakes, len(PAUSES_S) - 1)]
+        self._mistakes += 1
+
     def ended(self, running: asyncio.Task[None]) -> None:
-        """Done-callback of a task of run(): without it a bug of ours would leave a server that is loading for ever."""
+        """Done-callback of a task of run(): what not even that survived must not look well, nor close the gate for ever."""
         self._open.set()
         if not running.cancelled() and (error := running.exception()):
-            log.error("watching for releases failed", exc_info=error)
-            self._why = lambda: NotReady("the server made a mistake when it brought up its release: its log knows more; start it again")
+            log.error("watching for releases ended", exc_info=error)
+            self._ended = True
+            self._why = lambda: NotReady(f"{MISTAKE}: start it again")
 
     async def _look(self) -> None:
         """Bring up what is wanted, unless that was done or refused already. What an engine failed at is tried again."""
@@ -138,6 +170,8 @@ class Keeper:
     async def _serve(self, release: Release) -> None:
         if self._live and self._live.release == release:
             return
+        if self._live:
+            manifest.check_id(self._live.release.manifest, release.manifest)
         loading = f"the engine is loading {release.model}"
         log.info("%s", loading)
         self._why = lambda: NotReady(loading)
@@ -161,8 +195,8 @@ class Keeper:
             if not in_service:
                 try:
                     await self._engine.unload(release.model)
-                except EngineError as error:
-                    log.warning("%s stays loaded: %s", release.model, error)
+                except (EngineError, *MISTAKES) as error:
+                    log.warning("%s stays loaded: %s", release.model, error, exc_info=not isinstance(error, EngineError))
 
     def _note(self, kind: type[ServerError], why: str) -> None:
         """Why what is wanted is not served; what is served stays."""

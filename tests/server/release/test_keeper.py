@@ -153,6 +153,67 @@ async def test_an_engine_that_fails_is_asked_again_and_not_at_once(tmp_path: Pat
         await until(lambda: serves(keeper, A))
 
 
+class Mistaken(Shelf):
+    """Raises what no engine should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fatal = False
+
+    async def check(self) -> None:
+        if self.fatal:
+            raise StopAsyncIteration
+
+
+async def test_a_mistake_is_told_survived_and_tried_again(tmp_path: Path, state: State) -> None:
+    engine = Shelf()
+    small_release(tmp_path, A)
+    state.directory.mkdir()
+    async with keeping(tmp_path, engine, state) as keeper:
+        await until(lambda: serves(keeper, A))
+        engine.problem = ValueError("no JSON from a proxy before the engine")
+        small_release(tmp_path, B)
+        await until(lambda: engine.loads == [A, B])
+        await asyncio.sleep(0.1)
+        assert serves(keeper, A) and "wanted but not served: the server made a mistake" in await keeper.ready()
+        with state.mark():
+            waiting = asyncio.create_task(leased(keeper))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 1) == A, "the gate opens though the next look is seconds away"
+        engine.problem = None
+        await until(lambda: serves(keeper, B))
+        assert await keeper.ready() == "scripted"
+
+
+async def test_a_watch_that_ended_all_the_same_is_not_ready_and_closes_no_gate(tmp_path: Path, state: State) -> None:
+    engine = Mistaken()
+    release = manifest.read(small_release(tmp_path, A))
+    loaded(state, engine, release)
+    async with keeping(tmp_path, engine, state) as keeper:
+        await until(lambda: serves(keeper, A))
+        engine.fatal = True
+        loaded(state, engine, manifest.read(small_release(tmp_path, B)))
+        await asyncio.sleep(0.2)
+        with pytest.raises(NotReady, match="start it again"):
+            await keeper.ready()
+        with state.mark():
+            assert await asyncio.wait_for(leased(keeper), 1) == A
+
+
+async def test_another_content_under_the_id_in_service_is_refused_before_the_engine_hears_of_it(tmp_path: Path) -> None:
+    engine = Shelf()
+    directory = small_release(tmp_path, A)
+    async with keeping(tmp_path, engine) as keeper:
+        await until(lambda: serves(keeper, A))
+        text = (directory / "manifest.json").read_text(encoding="utf-8")
+        assert '"num_ctx": 4096' in text
+        (directory / "manifest.json").write_text(text.replace('"num_ctx": 4096', '"num_ctx": 512'), encoding="utf-8")
+        await asyncio.sleep(0.2)
+        assert keeper.serving().manifest.prompt.num_ctx == 4096
+        assert engine.loads == [A] and "an id names one content: release again" in await keeper.ready()
+
+
 async def test_what_a_loader_wants_is_served_without_loading_it_again_though_its_files_are_gone(tmp_path: Path, state: State) -> None:
     engine = Shelf()
     small_release(tmp_path, A)
@@ -188,7 +249,7 @@ async def test_what_the_engine_has_not_as_it_was_loaded_is_loaded_from_its_files
         await until(lambda: serves(keeper, A))
         assert engine.loads == [A]
         engine.models[release.model] = "another"
-        with pytest.raises(NotReady):
+        with pytest.raises(NotReady, match="was replaced at the engine"):
             await keeper.ready()
 
 
