@@ -23,7 +23,7 @@ from server.release import Keeper
 from server.replies import EventStream, Writing, read, unless_gone
 from server.schemas import Alive, ChatBody, ChatEvent, ChatReply, CompletionBody, CompletionChunk, CompletionReply, ModelList, Ready
 from server.settings import Settings
-from server.structured import checked, validator
+from server.structured import check, checked
 
 CHAT_EXAMPLE = '{"message": "Hello"}'
 COMPLETION_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -57,7 +57,10 @@ class Gateway:
         wished = self._request(asked, release).schema  # what cannot be is refused before it waits
         served = Served(release.model)
         events = self._events(asked, served)
-        return Answer(self.admission, events if wished is None else checked(events, validator(wished))), served
+        if wished is not None:
+            check(wished)
+            events = checked(events, wished)
+        return Answer(self.admission, events), served
 
     async def _events(self, asked: translate.Asked, served: Served) -> AsyncGenerator[Event]:
         """The answer of the release that is served once it is this request's turn; that one stays loaded until the end."""

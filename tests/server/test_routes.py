@@ -185,6 +185,18 @@ async def test_a_schema_reaches_the_engine_and_an_answer_that_is_no_json_is_an_e
     assert sse(stream.text)[-1]["error"]["code"] == "engine_failed"
 
 
+@pytest.mark.parametrize("schema", ['{"default": 1e999}', '{"type": "nonsense"}', '{"minItems": 1000000}'])
+@pytest.mark.parametrize("stream", ["true", "false"])
+async def test_a_schema_that_cannot_be_is_the_client_s_to_mend(releases: Path, schema: str, stream: str) -> None:
+    wish = f'{{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}'
+    body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], "stream": {stream}, "response_format": {wish}}}'
+    engine = ScriptedEngine()
+    async with serving(engine, releases) as client:
+        reply = await client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, error(reply)["code"]) == (400, "bad_request")
+    assert "response_format.json_schema.schema" in error(reply)["message"] and not engine.asked
+
+
 @pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
 async def test_a_body_that_is_not_json_is_answered_with_the_curl_line_that_works(releases: Path, path: str) -> None:
     async with serving(ScriptedEngine(), releases) as client:
