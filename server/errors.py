@@ -22,6 +22,10 @@ class ReleaseError(SetupError):
     """A release that must not be served: broken or unknown manifest, other bytes than released, probes not met."""
 
 
+class NoRoom(ReleaseError):
+    """A release that is well and does not fit, on disk or in memory: once there is room it will."""
+
+
 class BadRequest(ServerError):
     """The client can mend it; the message names the field."""
 

@@ -10,11 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from server.chat import Message, Role
 from server.errors import ReleaseError
@@ -30,7 +29,7 @@ class Part(BaseModel):
 
 
 class File(Part):
-    path: str
+    path: str = Field(pattern=r"^[^\x00]+$")
     """Relative to the manifest's directory."""
     num_bytes: int
     sha256: str
@@ -66,13 +65,20 @@ class Manifest(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     release: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """Names a directory, and a model's tag at Ollama."""
-    created: datetime
+    created: AwareDatetime
     base: Mapping[str, Any] = Field(default_factory=dict)
     """What was tuned: name, revision, hash. Shown, never acted on; likewise adapter and quantization."""
     adapter: Mapping[str, Any] = Field(default_factory=dict)
     quantization: str = ""
     files: Mapping[str, File]
     prompt: Prompt
+
+    @field_validator("files")
+    @classmethod
+    def _complete(cls, files: Mapping[str, File]) -> Mapping[str, File]:
+        if missing := [name for name in ("gguf", "probes") if name not in files]:
+            raise ValueError(f"names no {' and no '.join(missing)}")
+        return files
 
 
 class ProbeMessage(Part):
@@ -147,7 +153,8 @@ def stamp(releases: Path) -> tuple[object, ...]:
     directory = (releases if (releases / NAME).exists() else releases / "current").resolve()
     folders = [directory] if directory.is_dir() else [releases, *directories(releases)]
     try:
-        found = [(path, path.stat()) for folder in folders for path in sorted(folder.iterdir())]
+        inside = (path for folder in folders for path in sorted(folder.iterdir()))
+        found = [(path, path.stat()) for path in ([releases] if releases.is_file() else inside)]  # a file: an archive
     except OSError:
         return (directory,)
     return (directory, *((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found))
@@ -159,11 +166,8 @@ def read(directory: Path) -> Release:
     Raises:
         ReleaseError: no or broken manifest, unknown schema_version, a file missing, of another size or with other bytes.
     """
-    path = directory / NAME
-    manifest = parse(path)
+    manifest = parse(directory / NAME)
     problems = [problem for name, file in manifest.files.items() if (problem := _problem(directory, name, file))]
-    if missing := [name for name in ("gguf", "probes") if name not in manifest.files]:
-        problems.append(f"{path}: `files` names no {' and no '.join(missing)}: release again")
     if problems:
         raise ReleaseError("; ".join(problems))
     return Release(directory, manifest, _probes(directory / manifest.files["probes"].path))
@@ -182,7 +186,7 @@ def parse_bytes(path: Path, content: bytes) -> Manifest:
     """The same where the bytes come from elsewhere; `path` is for the error."""
     try:
         tree = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReleaseError(f"{path}: not valid JSON ({error}): release again, or copy the release whole") from error
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if version != SCHEMA_VERSION:
@@ -220,7 +224,9 @@ def same_content(one: Manifest, other: Manifest) -> bool:
 def check_id(live: Manifest, new: Manifest) -> None:
     """Raises ReleaseError for another content under the id of what answers: engines know a model by it and would overwrite that one."""
     if live.release == new.release and not same_content(live, new):
-        raise ReleaseError(f"{new.name}:{new.release} is in service with another prompt or other files; an id names one content: release again")
+        raise ReleaseError(
+            f"{new.name}:{new.release} is in service with another prompt or other files; an id names one content: release again"
+        )
 
 
 def leads_out(name: str) -> bool:
@@ -231,7 +237,7 @@ def leads_out(name: str) -> bool:
 
 def _probes(path: Path) -> tuple[Probe, ...]:
     try:
-        probes = tuple(Probe.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+        probes = tuple(Probe.model_validate_json(line) for line in path.read_bytes().split(b"\n") if line.strip())
     except ValidationError as error:
         raise ReleaseError(f"{path}: {explain(error)}: release again") from error
     if not probes:

@@ -6,6 +6,7 @@ name or a link that leads out of it is refused as a whole.
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tarfile
@@ -23,8 +24,9 @@ from server.manifest import Manifest
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_MANIFEST_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 20
-BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError)
-"""What the libraries raise for a torn, encrypted (RuntimeError) or unknown kind of archive (NotImplementedError is one too)."""
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
+"""What the libraries raise for a torn, encrypted (RuntimeError) or unknown kind of archive (NotImplementedError is one too), or for names
+in no encoding (ValueError)."""
 
 
 class Found(NamedTuple):

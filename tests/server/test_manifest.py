@@ -78,6 +78,45 @@ def test_a_torn_manifest_and_a_wrong_type_are_each_one_line(directory: Path) -> 
     assert "not valid JSON" in refusal(directory) and "\n" not in refusal(directory)
 
 
+def without(name: str) -> Callable[[Any], None]:
+    return lambda tree: tree["files"].pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("gguf"), "files: names no gguf"),
+        (without("probes"), "files: names no probes"),
+        (lambda tree: tree.update(created="2030-01-01T00:00:00"), "created: Input should have timezone info"),
+        (lambda tree: tree["files"]["gguf"].update(path="a\0b"), "files.gguf.path"),
+    ],
+)
+def test_what_would_break_a_list_of_releases_is_refused_and_left_out_of_it(tmp_path: Path, change: Callable[[Any], Any], said: str) -> None:
+    good, bad = small_release(tmp_path, "good-0123456789ab"), small_release(tmp_path, "bad-0123456789ab")
+    (tmp_path / "current").unlink()
+    edit(bad, change)
+    assert said in refusal(bad)
+    assert manifest.find(tmp_path) == good
+
+
+def test_a_manifest_nested_without_end_and_probes_in_no_encoding_are_refused(directory: Path) -> None:
+    probes = directory / "probes.jsonl"
+    probes.write_bytes(b"\xff\xfe" + probes.read_bytes())
+    edit(directory, lambda tree: tree["files"]["probes"].update(num_bytes=probes.stat().st_size, sha256=manifest.sha256(probes)))
+    assert "probes.jsonl: Invalid JSON" in refusal(directory)
+    (directory / "manifest.json").write_text("[" * 200_000)
+    assert "not valid JSON" in refusal(directory)
+
+
+def test_an_archive_that_was_replaced_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "r.tar"
+    path.write_bytes(b"one")
+    before = manifest.stamp(path)
+    assert manifest.stamp(path) == before
+    path.write_bytes(b"another")
+    assert manifest.stamp(path) != before
+
+
 def test_a_path_that_leads_out_of_the_release_is_refused(directory: Path) -> None:
     edit(directory, lambda tree: tree["files"]["gguf"].update(path="../model.gguf"))
     assert "leads out of the release" in refusal(directory)

@@ -169,6 +169,22 @@ def test_what_is_called_an_archive_and_is_none_is_one_line(tmp_path: Path) -> No
         archive.look(path)
 
 
+def test_names_in_no_encoding_and_a_torn_lzma_are_one_line(releases: Path, tmp_path: Path) -> None:
+    name = tmp_path / "name.zip"
+    with zipfile.ZipFile(name, "w") as file:
+        file.writestr("é/manifest.json", "{}")
+    name.write_bytes(name.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    torn = tmp_path / "torn.zip"
+    with zipfile.ZipFile(torn, "w", zipfile.ZIP_LZMA) as file:
+        file.write(releases / NAME / "manifest.json", "manifest.json")
+    content = bytearray(torn.read_bytes())
+    content[60:100] = bytes(40)
+    torn.write_bytes(content)
+    for path in (name, torn):
+        with pytest.raises(ReleaseError, match="cannot be unpacked"):
+            archive.look(path)
+
+
 def test_current_is_found_first_and_without_it_the_newest_whole_of_directories_and_archives(releases: Path, tmp_path: Path) -> None:
     newer = small_release(tmp_path / "elsewhere", "newer-0123456789ab")
     created(newer, "2027-01-01T00:00:00Z")
