@@ -17,8 +17,8 @@ from typing import Protocol
 from server import manifest
 from server.engines import Engine
 from server.engines.probes import NUM_PROBES
-from server.errors import EngineError, ReleaseError, SetupError
-from server.manifest import Release
+from server.errors import EngineError, NoRoom, ReleaseError, SetupError
+from server.manifest import Manifest, Release
 from server.release import archive, space
 from server.release.keeper import PAUSES_S, no_release
 from server.release.state import Entry, State, Wanted
@@ -64,6 +64,8 @@ class Loader:
             found = await asyncio.to_thread(archive.find, source)
             if found is None:
                 raise ReleaseError(no_release(source))
+            if before := self._state.read():
+                manifest.check_id(before.live.manifest, found.manifest)  # before anything is unpacked over what answers
             return await self._activate(await self._read(found), rolled_back="")
 
     async def rollback(self) -> Wanted:
@@ -76,23 +78,24 @@ class Loader:
             return await self._activate(await asyncio.to_thread(_kept, wanted.previous), rolled_back=wanted.live.manifest.release)
 
     async def watch(self, source: Path | None = None, poll_s: float = WATCH_S) -> None:
-        """For ever: load what is new there, but for what a rollback left."""
+        """For ever: load what is new there, but for what a rollback left. Looked at once: as long as nothing changes there."""
         source = source or self._settings.releases
-        refused: tuple[object, ...] | None = None
+        settled: tuple[object, ...] | None = None
         failures = 0
         while True:
             seen = await asyncio.to_thread(manifest.stamp, source)
-            if seen != refused:
+            if seen != settled:
                 try:
                     await self._load_new(source)
-                    failures = 0
-                except ReleaseError as error:
-                    refused = seen
-                    self._say(f"not loaded: {error}")
+                    settled, failures = seen, 0
                 except (EngineError, SetupError) as error:
-                    self._say(f"not loaded, and tried again: {error}")
-                    await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
-                    failures += 1
+                    if isinstance(error, ReleaseError) and not isinstance(error, NoRoom):
+                        settled = seen
+                        self._say(f"not loaded: {error}")
+                    else:
+                        self._say(f"not loaded, and tried again: {error}")
+                        await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
+                        failures += 1
             await asyncio.sleep(poll_s)
 
     async def _load_new(self, source: Path) -> None:
@@ -105,17 +108,24 @@ class Loader:
     async def _read(self, found: archive.Found) -> Release:
         """The release with every byte checked; whether the disks have room for it is asked before an archive is unpacked."""
         draft = Release(found.path, found.manifest, ())
-        kept = self._unpacked / found.manifest.release
-        packed, fresh = archive.is_archive(found.path), not manifest.whole(kept)
+        packed = archive.is_archive(found.path)
+        kept = await asyncio.to_thread(_intact, self._unpacked / found.manifest.release, found.manifest) if packed else None
         size = sum(file.num_bytes for file in found.manifest.files.values())
-        writes = [space.Written("unpacked", self._unpacked, size)] if packed and fresh else []
+        writes = [space.Written("unpacked", self._unpacked, size)] if packed and not kept else []
         if store := self._settings.ollama_store if self._settings.engine == "ollama" else None:
             writes.append(space.Written("Ollama's copy", store, await self._host.lacks(draft)))
         space.check_disk(draft.model, writes)
-        if packed and fresh:
-            self._say(f"unpacking {found.path}")
-            kept = await asyncio.to_thread(archive.unpack, found.path, self._unpacked)
-        return await asyncio.to_thread(manifest.read, kept if packed else found.path.resolve())
+        if kept:
+            return kept
+        if not packed:
+            return await asyncio.to_thread(manifest.read, found.path.resolve())
+        self._say(f"unpacking {found.path}")
+        folder = await asyncio.to_thread(archive.unpack, found.path, self._unpacked)
+        try:
+            return await asyncio.to_thread(manifest.read, folder)
+        except ReleaseError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ReleaseError(f"{found.path}, unpacked: {error}") from error
 
     async def _activate(self, release: Release, rolled_back: str) -> Wanted:
         before = self._state.read()
@@ -130,12 +140,12 @@ class Loader:
         await self._host.place(release)
         async with self._alone():
             digest = await self._host.load(release)
+            if self._settings.engine == "embedded":  # each gateway has a child of its own, and starts it once this is wanted
+                await self._host.unload(release.model)
             live = Entry(directory=release.directory, digest=digest, manifest=release.manifest, probes=release.probes[:NUM_PROBES])
             wanted = Wanted(engine=self._settings.engine, live=live, previous=_other(before, release), rolled_back=rolled_back)
             self._state.write(wanted)
         self._say(f"{release.model} is wanted from now on")
-        if self._settings.engine == "embedded":
-            await self._host.unload(release.model)  # each gateway has a child of its own
         await self._tidy(wanted)
         return wanted
 
@@ -180,9 +190,9 @@ class Loader:
                 self._say(f"deleted {model}")
         except EngineError as error:
             self._say(f"older releases stay: {error}")
-        in_use = {entry.directory for entry in kept} if self._settings.engine == "embedded" else set()
+        in_use = {entry.manifest.release for entry in kept} if self._settings.engine == "embedded" else set()
         for directory in self._unpacked.glob("*"):
-            if directory not in in_use:
+            if directory.name not in in_use:  # by name: a path may be spelled in many ways
                 shutil.rmtree(directory, ignore_errors=True)
 
     @asynccontextmanager
@@ -216,6 +226,18 @@ def _other(before: Wanted | None, release: Release) -> Entry | None:
     if before is None:
         return None
     return before.previous if before.live.manifest.release == release.manifest.release else before.live
+
+
+def _intact(directory: Path, made: Manifest) -> Release | None:
+    """What was unpacked before, with every byte checked; None: it is not there, or it was damaged or is another one, and then deleted."""
+    try:
+        release = manifest.read(directory)
+    except ReleaseError:
+        release = None
+    if release and manifest.same_content(release.manifest, made):
+        return release
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
 
 
 def _kept(entry: Entry) -> Release:

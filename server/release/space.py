@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from server.errors import ReleaseError
+from server.errors import NoRoom
 from server.manifest import Release
 from server.release import gguf
 
@@ -25,7 +25,7 @@ class Written(NamedTuple):
 
 
 def check_disk(model: str, writes: Iterable[Written]) -> None:
-    """Raises ReleaseError with every disk that is too small, in one line."""
+    """Raises NoRoom with every disk that is too small, in one line."""
     problems = []
     by_disk: dict[int, list[Written]] = {}
     for item in writes:
@@ -37,17 +37,17 @@ def check_disk(model: str, writes: Iterable[Written]) -> None:
             parts = " + ".join(f"{item.what} {_gb(item.num_bytes)}" for item in items)
             problems.append(f"{items[0].where} has {_gb(free)} free and {_gb(needed)} are needed ({parts}, some to spare)")
     if problems:
-        raise ReleaseError(f"{model} does not fit on disk beside the release before it: {'; '.join(problems)}: make room there")
+        raise NoRoom(f"{model} does not fit on disk beside the release before it: {'; '.join(problems)}: make room there")
 
 
 def check_memory(release: Release, slots: int, available: int | None) -> None:
-    """`available`: bytes that the engine may still use; None: nobody knows. Raises ReleaseError, also for what is no GGUF."""
+    """`available`: bytes that the engine may still use; None: nobody knows. Raises NoRoom, or ReleaseError for what is no GGUF."""
     shape = gguf.read(release.gguf)
     num_ctx = release.manifest.prompt.num_ctx
     weights, cache = release.manifest.files["gguf"].num_bytes, shape.cache_bytes(num_ctx, slots)
     needed = weights + cache + shape.batch_bytes
     if available is not None and needed > available:
-        raise ReleaseError(
+        raise NoRoom(
             f"{release.model} needs {_gb(needed)} of the engine's memory (weights {_gb(weights)}, {slots} x {num_ctx} tokens of context "
             f"{_gb(cache)}, a batch {_gb(shape.batch_bytes)}) and {_gb(available)} are there: fewer slots, a release with a smaller "
             "num_ctx, or more memory"

@@ -58,6 +58,10 @@ class Shop:
         chosen = Settings(**{"releases": self.releases, "state": self.state.directory, "threads": 1, **changes})  # type: ignore[arg-type]
         return Loader(chosen, cast("Host", EmbeddedEngine(1, 1, 120)), self.said.append)
 
+    def scripted(self, store: Store, **changes: object) -> Loader:
+        chosen = {"releases": self.releases, "state": self.state.directory, "engine_memory_bytes": 1 << 40, **changes}
+        return Loader(Settings(**chosen), store, self.said.append)  # type: ignore[arg-type]
+
     async def load(self, source: Path) -> None:
         loader = self.loader()
         await loader.load(source)
@@ -140,6 +144,10 @@ class Store(ScriptedEngine):
         self.steps.append("load, marked" if self.state.loading() else "load")
         return await super().load(release)
 
+    async def unload(self, model: str) -> None:
+        self.steps.append("unload, too late" if self.state.path.exists() else "unload")
+        await super().unload(model)
+
     async def held_bytes(self) -> int:
         return 0
 
@@ -163,6 +171,79 @@ async def test_a_disk_without_room_for_ollamas_copy_is_said_before_anything_is_s
     with pytest.raises(ReleaseError, match=r"does not fit on disk .*Ollama's copy 1152921504\.6 GB"):
         await Loader(chosen, store, shop.said.append).load(shop.add(SECOND))
     assert store.steps == [] and not shop.state.path.exists()
+
+
+async def test_the_loaders_own_model_is_out_of_memory_before_gateways_hear_of_it(shop: Shop) -> None:
+    store = Store(shop.state)
+    await shop.scripted(store).load(shop.add(SECOND))
+    assert store.steps == ["place", "load", "unload", "prune, but 1"]
+
+
+async def test_another_content_under_the_id_in_service_is_refused_before_anything_is_touched(shop: Shop) -> None:
+    store = Store(shop.state)
+    directory = shop.add(SECOND)
+    await shop.scripted(store).load(pack(directory))
+    before, kept = shop.state.path.read_bytes(), shop.state.directory / "releases" / SECOND
+    store.steps.clear()
+    shop.add(SECOND, lambda text: text.replace('"num_ctx": 256', '"num_ctx": 512'))
+    for packed in (False, True):
+        with pytest.raises(ReleaseError, match="an id names one content: release again"):
+            await shop.scripted(store).load(pack(directory) if packed else directory)
+    assert store.steps == [] and shop.state.path.read_bytes() == before
+    assert manifest.read(kept).manifest.prompt.num_ctx == 256
+
+
+async def test_a_release_that_was_made_twice_is_loaded_though_its_time_differs(shop: Shop) -> None:
+    store = Store(shop.state)
+    directory = shop.add(SECOND)
+    await shop.scripted(store).load(directory)
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"created": "2030-01-01T00:00:00Z"}), encoding="utf-8")
+    assert (await shop.scripted(store).load(directory)).live.manifest.created.year == 2030
+
+
+async def test_a_damaged_archive_does_not_stand_in_the_way_of_its_good_copy(shop: Shop) -> None:
+    store = Store(shop.state)
+    directory = shop.add(SECOND)
+    replace_file(directory / "probes.jsonl", flipped(shop.base.directory.joinpath("probes.jsonl").read_bytes()))
+    bad = pack(directory)
+    with pytest.raises(ReleaseError, match=r"second-0123456789ab.tar, unpacked: .*probes.jsonl was changed"):
+        await shop.scripted(store).load(bad)
+    good = pack(shop.add(SECOND))
+    await shop.scripted(store).load(good)
+    kept = shop.state.directory / "releases" / SECOND
+    replace_file(kept / "probes.jsonl", flipped((kept / "probes.jsonl").read_bytes()))
+    await shop.scripted(store).load(good)
+    assert manifest.read(kept).manifest.release == SECOND, "what was damaged after it was unpacked is unpacked once more"
+
+
+async def test_what_can_be_gone_back_to_is_kept_however_the_state_directory_is_spelled(shop: Shop, tmp_path: Path) -> None:
+    store = Store(shop.state)
+    (tmp_path / "link").symlink_to(tmp_path)
+    await shop.scripted(store).load(pack(shop.add(SECOND)))
+    await shop.scripted(store, state=tmp_path / "link" / "state").load(pack(shop.add(THIRD)))
+    assert sorted(path.name for path in (shop.state.directory / "releases").iterdir()) == [SECOND, THIRD]
+    await shop.scripted(store).rollback()
+    assert shop.wanted() == (SECOND, THIRD)
+
+
+async def test_watch_tries_again_what_only_lacked_room_and_then_looks_no_more(shop: Shop, tmp_path: Path) -> None:
+    store = Store(shop.state, lacking=1 << 60)
+    shop.add(SECOND)
+    watching = asyncio.create_task(shop.scripted(store, engine="ollama", ollama_models=tmp_path).watch(poll_s=0.01))
+    try:
+        await until(lambda: any("tried again: " in line and "does not fit on disk" in line for line in shop.said))
+        store.lacking = 0
+        await until(lambda: shop.state.path.exists() and not shop.state.loading())
+        await until(lambda: store.steps[-1] == "prune, but 1")
+        shop.state.path.unlink()
+        await asyncio.sleep(0.3)
+        assert not shop.state.path.exists(), "nothing changed there, so that nothing is opened"
+        shop.add(THIRD)
+        await until(shop.state.path.exists)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 def flipped(content: bytes) -> bytes:
