@@ -207,6 +207,10 @@ class Answer:
         if self._limit and not self._limit.expired():
             self._limit.reschedule(0)
 
+    def blame(self, error: Exception) -> None:
+        """Count it as ended by `error`, which does not leave the `async with`."""
+        self._error = error
+
     async def _next(self, limit_s: float) -> Event:
         try:
             return await self._within(limit_s)

@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What a bug of ours raises: a stream under way must say so too, and has no status for it any more."""
+MISTAKE = "the server made a mistake; its log knows more about this request id"
+
 
 async def read(request: Request, kind: type[B], max_bytes: int, example: str) -> B:
     """The body as `kind`. Raises NotJson, TooLarge or BadRequest, with the curl line that works or the field that does not.
@@ -81,8 +85,7 @@ async def on_bug(request: Request, error: Exception) -> Response:
     """Our own mistakes: the log gets the frames, the client nothing of it. Runs outside of logs.Requests, hence the header."""
     id = request.state.request_id
     log.error("a bug: the frames follow")
-    message = "the server made a mistake; its log knows more about this request id"
-    return JSONResponse(errors.body(message, errors.BUG, id), errors.BUG.status, {"X-Request-ID": id})
+    return JSONResponse(errors.body(MISTAKE, errors.BUG, id), errors.BUG.status, {"X-Request-ID": id})
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -167,6 +170,10 @@ class EventStream(Response):
                     yield opening + write(event)
         except ServerError as error:
             yield translate.sse(errors.body(str(error), errors.shown(error), self._request_id))
+        except MISTAKES as error:
+            log.exception("a bug: the frames follow")
+            self._answer.blame(error)
+            yield translate.sse(errors.body(MISTAKE, errors.BUG, self._request_id))
 
     async def _ping(self, send: Send) -> None:
         """For ever: a comment after `ping_s` without a text. A task of its own, so that each event does not cost one."""

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import httpx2
 
 from server import conversation
-from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
-from server.engines import Status, probes
+from server.chat import ChatRequest, Delta, Event, Finish, Message
+from server.engines import Status, probes, said
 from server.engines.lines import lines
 from server.errors import BadRequest, EngineError, PromptTooLong, SetupError
 from server.manifest import Release
@@ -321,11 +321,13 @@ def _events(line: str) -> list[Event]:
         raise EngineError(f"llama.cpp: {value[:300]}")
     if name != "data":
         return []
-    tree = json.loads(value)
-    if "error" in tree:
-        raise EngineError(f"llama.cpp: {tree['error'].get('message', tree['error'])}")
-    events: list[Event] = [Delta(tree["content"])] if tree.get("content") else []
-    if tree.get("stop"):
-        usage = Usage(tree["tokens_evaluated"], tree["tokens_predicted"])
-        events.append(Finish("length" if tree.get("stop_type") == "limit" else "stop", usage))
+    with said.understood("llama.cpp", value):
+        tree = json.loads(value)
+        if "error" in tree:
+            raise EngineError(f"llama.cpp: {tree['error'].get('message', tree['error'])}")
+        text = said.text(tree.get("content"))
+        events: list[Event] = [Delta(text)] if text else []
+        if tree.get("stop"):
+            usage = said.usage(tree["tokens_evaluated"], tree["tokens_predicted"])
+            events.append(Finish("length" if tree.get("stop_type") == "limit" else "stop", usage))
     return events

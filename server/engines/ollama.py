@@ -19,8 +19,8 @@ import httpx  # the package ollama's own, whose errors it lets through
 import httpx2
 import ollama
 
-from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
-from server.engines import Status, probes
+from server.chat import ChatRequest, Delta, Event, Finish, Message
+from server.engines import Status, probes, said
 from server.engines.lines import lines
 from server.errors import EngineError, PromptTooLong, SetupError
 from server.manifest import Manifest, Prompt, Release
@@ -50,7 +50,7 @@ class OllamaEngine:
         try:
             response = await self._http.get("/api/version", timeout=LOOK_TIMEOUT_S)
             version = str(response.json()["version"])
-        except (httpx2.HTTPError, ValueError, KeyError) as error:
+        except (httpx2.HTTPError, *said.MISSHAPEN) as error:
             raise SetupError(
                 f"no Ollama answers at {self.url} ({error or type(error).__name__}): start it with `ollama serve`, "
                 "name another place with --ollama-url, or take --engine embedded"
@@ -120,7 +120,8 @@ class OllamaEngine:
             raise EngineError(f"Ollama at {self.url} is not there: {error or type(error).__name__}") from error
         if response.status_code != 200:
             raise _failure(response.text, response.status_code)
-        rendered = response.json().get("_debug_info", {}).get("rendered_template")
+        with said.understood(f"Ollama at {self.url}", response.text):
+            rendered = response.json().get("_debug_info", {}).get("rendered_template")
         if not isinstance(rendered, str):
             raise EngineError(f"Ollama at {self.url} does not show the prompt that it renders, so that no release can be checked there")
         return rendered
@@ -130,7 +131,7 @@ class OllamaEngine:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 version = (await self._http.get("/api/version")).json()["version"]
                 digest, device = await self._digest(model), await self._device(model)
-        except (*NOT_THERE, ValueError, KeyError) as error:
+        except (*NOT_THERE, *said.MISSHAPEN) as error:
             return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
         if not digest or digest != self._digests.get(model, digest):
             return Status(False, digest, f"Ollama at {self.url} no longer has {model} as it was loaded: load it again")
@@ -150,7 +151,7 @@ class OllamaEngine:
         """Whatever goes wrong with an admin call is one EngineError."""
         try:
             yield
-        except NOT_THERE as error:
+        except (*NOT_THERE, *said.MISSHAPEN) as error:  # the package reads whatever comes, a proxy's HTML too
             raise EngineError(f"Ollama at {self.url} did not {do}: {error or type(error).__name__}") from error
 
     async def _upload(self, release: Release) -> None:
@@ -230,15 +231,16 @@ def _events(line: str) -> list[Event]:
     """One line of Ollama's stream."""
     if not line.strip():
         return []
-    tree = json.loads(line)
-    if "error" in tree:
-        raise _failure(line, 500)
-    text = tree.get("message", {}).get("content", "")
-    events: list[Event] = [Delta(text)] if text else []
-    if tree.get("done"):
-        if tree.get("done_reason") not in ("stop", "length"):
-            raise EngineError(f"Ollama ended the answer because of {tree.get('done_reason')!r}")
-        events.append(Finish(tree["done_reason"], Usage(tree.get("prompt_eval_count", 0), tree.get("eval_count", 0))))
+    with said.understood("Ollama", line):
+        tree = json.loads(line)
+        if "error" in tree:
+            raise _failure(line, 500)
+        text = said.text(tree.get("message", {}).get("content"))
+        events: list[Event] = [Delta(text)] if text else []
+        if tree.get("done"):
+            if tree.get("done_reason") not in ("stop", "length"):
+                raise EngineError(f"Ollama ended the answer because of {tree.get('done_reason')!r}")
+            events.append(Finish(tree["done_reason"], said.usage(tree.get("prompt_eval_count", 0), tree.get("eval_count", 0))))
     return events
 
 

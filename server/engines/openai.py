@@ -17,7 +17,7 @@ import httpx2
 
 from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
-from server.engines import Status, probes
+from server.engines import Status, probes, said
 from server.engines.lines import lines
 from server.errors import BadRequest, EngineError, PromptTooLong, SetupError
 from server.manifest import Release
@@ -153,18 +153,16 @@ class _Answer:
         if value == "[DONE]":
             self._done = True
             return None
-        try:
+        with said.understood("the engine", value):
             tree = json.loads(value)
-        except ValueError as error:
-            raise EngineError(f"the engine speaks no JSON: {value[:300]}") from error
-        if name == "error" or "error" in tree:
-            raise EngineError(f"the engine: {str(tree.get('error', tree))[:300]}")
-        if counts := tree.get("usage"):
-            self._usage = Usage(counts["prompt_tokens"], counts["completion_tokens"])
-        text = ""
-        for choice in tree.get("choices", ()):
-            self._reason = choice.get("finish_reason") or self._reason
-            text += choice.get("text") or ""
+            if name == "error" or "error" in tree:
+                raise EngineError(f"the engine: {str(tree.get('error', tree))[:300]}")
+            if counts := tree.get("usage"):
+                self._usage = said.usage(counts["prompt_tokens"], counts["completion_tokens"])
+            text = ""
+            for choice in tree.get("choices", ()):
+                self._reason = said.text(choice.get("finish_reason")) or self._reason
+                text += said.text(choice.get("text"))
         return Delta(text) if text else None
 
     def finish(self) -> Finish:

@@ -293,6 +293,24 @@ async def test_an_engine_that_falls_silent_is_stopped(releases: Path) -> None:
     assert (engine.running, engine.cancelled) == (0, 1)
 
 
+async def test_a_bug_of_ours_in_mid_stream_is_an_error_event_and_is_logged_and_counted(
+    releases: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(ScriptedEngine([Delta("Hel"), ZeroDivisionError("secret")]), releases) as client:
+        streams = [
+            await client.post("/chat", json={"message": "Hi", "stream": True}),
+            await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+        ]
+        await asyncio.sleep(0.05)  # an answer is counted a little after its last byte
+        counts = await client.get("/metrics")
+    for reply in streams:
+        last = sse(reply.text)[-1]
+        assert (last["error"]["code"], last["error"]["request_id"]) == ("internal_error", reply.headers["x-request-id"])
+        assert "secret" not in reply.text
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError] * 2
+    assert 'trinity_answers_total{outcome="internal_error"} 2.0' in counts.text
+
+
 async def test_a_bug_of_ours_keeps_the_shape_and_tells_the_client_nothing(releases: Path) -> None:
     async with serving(ScriptedEngine([ZeroDivisionError("secret")]), releases) as client:
         reply = await client.post("/chat", json={"message": "Hi"})

@@ -19,9 +19,9 @@ from server import conversation
 from server.chat import ChatRequest, Delta, Message, Wishes
 from server.engines.embedded import Child, EmbeddedEngine
 from server.errors import EngineError
-from server.manifest import Release
+from server.manifest import Release, read
 from tests.server.real import ROOT, lives
-from tests.server.scripted import until
+from tests.server.scripted import small_release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -117,3 +117,39 @@ async def test_other_users_of_the_machine_cannot_ask_the_child(release: Release)
         reply = await client.post(f"{child.address}/completion", json={"prompt": "Hi", "n_predict": 1})
     await child.close()
     assert reply.status_code == 401
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "<html>",
+        "[]",
+        "7",
+        "[" * 60_000,
+        '{"content": 1}',
+        '{"error": 1}',
+        '{"stop": true}',
+        '{"stop": true, "tokens_evaluated": 1, "tokens_predicted": null}',
+        '{"stop": true, "tokens_evaluated": -1, "tokens_predicted": 1}',
+    ],
+)
+async def test_a_line_of_an_answer_that_is_not_llama_cpp_s_is_an_engine_error(tmp_path: Path, line: str) -> None:
+    """An answer of a child that is none: a server that says what it is told."""
+    replies = {"/tokenize": '{"tokens": [2]}', "/completion": f'data: {{"content": "Hi"}}\n\ndata: {line}\n\n'}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        content = replies[(await reader.readuntil(b"\r\n\r\n")).split()[1].decode()].encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        await writer.drain()
+        writer.close()
+
+    small = read(small_release(tmp_path))
+    child = Child(small, 1, 1)
+    engine = EmbeddedEngine(slots=1, threads=1, start_timeout_s=1)
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        child.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        stream = engine.answer(child, long_request(small))
+        assert await anext(stream) == Delta("Hi")
+        with pytest.raises(EngineError, match="says something else than it should"):
+            await anext(stream)
+        await engine.close()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from server.chat import Message
+from server import conversation
+from server.chat import Delta, Message, Wishes
 from server.engines.ollama import OllamaEngine
-from server.errors import EngineError
+from server.errors import EngineError, SetupError
 from server.manifest import read
 from tests.server.scripted import small_release
 
@@ -21,14 +22,15 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def speaking(replies: Mapping[str, object]) -> AsyncIterator[OllamaEngine]:
-    """An engine before a server that answers a path with JSON, hangs up on None, and says nothing to a path that it does not know."""
+    """An engine before a server that answers a path with JSON or with bytes as they are, hangs up on None, and says nothing to a path that it does not know."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
         if path not in replies:
             await closing.wait()
         elif replies[path] is not None:
-            body = json.dumps(replies[path]).encode()
+            reply = replies[path]
+            body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
             writer.write(b"" if path.startswith("/api/blobs") else body)
             await writer.drain()
@@ -81,3 +83,48 @@ async def test_an_ollama_that_does_not_show_its_prompt_is_an_engine_error() -> N
     async with speaking({"/api/chat": {"message": {"role": "assistant", "content": "Hi"}, "done": True}}) as engine:
         with pytest.raises(EngineError, match="does not show the prompt"):
             await engine.render("trinity:x", [Message("user", "Hi")])
+
+
+HTML = b"<html><title>Log in</title></html>"
+
+
+async def test_a_proxy_s_page_in_place_of_ollama_s_words_is_an_engine_error_everywhere(tmp_path: Path) -> None:
+    release = read(small_release(tmp_path))
+    paths = ("version", "tags", "ps", "chat", "create", "copy", "generate", "delete")
+    async with speaking({f"/api/{name}": HTML for name in paths} | {f"/api/blobs/sha256:{release.sha256}": HTML}) as engine:
+        for call in (
+            engine.render(release.model, [Message("user", "Hi")]),
+            engine.load(release),
+            engine.place(release),
+            engine.held_bytes(),
+            engine.prune("trinity", ()),
+            engine.unload(release.model),
+        ):
+            with pytest.raises(EngineError, match=r"did not|says something else"):
+                await call
+        assert not (await engine.status(release.model)).ready
+        with pytest.raises(SetupError, match="no Ollama answers"):
+            await engine.check()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        HTML,
+        b"[]",
+        b"7",
+        b"[" * 60_000,
+        b'{"message": 1}',
+        b'{"message": {"content": 1}}',
+        b'{"done": true, "done_reason": "stop", "eval_count": "a"}',
+        b'{"done": true, "done_reason": "stop", "eval_count": -1}',
+        b'{"done": true, "done_reason": []}',
+    ],
+)
+async def test_a_line_of_an_answer_that_is_not_ollama_s_is_an_engine_error(tmp_path: Path, line: bytes) -> None:
+    request = conversation.request([Message("user", "Hi")], Wishes(), read(small_release(tmp_path)).manifest.prompt)
+    async with speaking({"/api/chat": b'{"message": {"content": "Hi"}}\n' + line + b"\n"}) as engine:
+        stream = engine.chat("trinity:x", request)
+        assert await anext(stream) == Delta("Hi")
+        with pytest.raises(EngineError, match=r"says something else|ended the answer"):
+            await anext(stream)

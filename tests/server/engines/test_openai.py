@@ -109,7 +109,22 @@ async def test_reason_and_count_may_come_together(release: Release) -> None:
         (chunk("Hi") + chunk("", "abort", usage=USAGE) + "data: [DONE]\n\n", "because of 'abort'"),
         (chunk("Hi", usage=USAGE) + "data: [DONE]\n\n", "because of ''"),
         (chunk("Hi") + 'data: {"error": {"message": "EngineCore died"}}\n\n', "EngineCore died"),
-        (chunk("Hi") + "data: <html>\n\n", "speaks no JSON"),
+        *(
+            (chunk("Hi") + f"data: {line}\n\n", "says something else than it should")
+            for line in (
+                "<html>",
+                "[]",
+                "7",
+                "[" * 60_000,
+                '{"choices": 1}',
+                '{"choices": [1]}',
+                '{"choices": [{"text": 1}]}',
+                '{"choices": [{"finish_reason": {}}]}',
+                '{"usage": {"prompt_tokens": 1}}',
+                '{"usage": {"prompt_tokens": "a", "completion_tokens": 1}}',
+                '{"usage": {"prompt_tokens": 1, "completion_tokens": -1}}',
+            )
+        ),
     ],
 )
 async def test_a_stream_that_ends_otherwise_is_an_error(release: Release, stream: str, words: str) -> None:
@@ -186,6 +201,16 @@ async def test_a_release_whose_probes_are_not_met_stays_unloaded(release: Releas
             await engine.load(release)
         with pytest.raises(EngineError, match="is not loaded"):
             [event async for event in engine.chat(MODEL, ask(release))]
+
+
+async def test_a_model_that_answers_goes_on_when_it_fails_its_probes_the_second_time(release: Release) -> None:
+    server = Server()
+    async with speaking(server) as engine:
+        await engine.load(release)
+        server.replies["/v1/completions"] = (200, GOOD.replace('"prompt_tokens": 2', '"prompt_tokens": 3'))
+        with pytest.raises(ReleaseError):
+            await engine.load(release)
+        assert isinstance([event async for event in engine.chat(MODEL, ask(release))][-1], Finish)
 
 
 async def test_a_model_that_went_away_is_not_ready(release: Release) -> None:
