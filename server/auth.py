@@ -46,9 +46,12 @@ class Caller:
 
     name: str
     limits: Limits | None
+    known: bool = True
+    """False on an open path for who would get no further: nothing is told that is not for everybody."""
 
 
 LOCAL = Caller("", None)
+STRANGER = Caller("", None, known=False)
 
 
 class Record(BaseModel):
@@ -232,8 +235,15 @@ class Guard:
         headers = scope["headers"]
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
             raise BadHttp("Content-Length and Transfer-Encoding in one request: a proxy could see its end elsewhere than this server")
-        if scope["path"] in OPEN:
-            return LOCAL
+        try:
+            return self._known(headers)
+        except (ForbiddenHost, Unauthorized):
+            if scope["path"] in OPEN:
+                return STRANGER
+            raise
+
+    def _known(self, headers: Sequence[tuple[bytes, bytes]]) -> Caller:
+        """Raises ForbiddenHost or Unauthorized."""
         if self._local and not len(self._keys):
             self._check_local(headers)
             return LOCAL

@@ -64,8 +64,8 @@ async def _bytes(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def refusal(error: ServerError, request_id: str) -> Response:
-    """An error's reply."""
+def refusal(error: ServerError, request_id: str, message: str | None = None) -> Response:
+    """An error's reply, with its own message or another."""
     row = errors.shown(error)
     retry_after_s = getattr(error, "retry_after_s", row.retry_after_s)
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
@@ -73,7 +73,7 @@ def refusal(error: ServerError, request_id: str) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BadHttp | BodyTooSlow):
         headers["Connection"] = "close"
-    return JSONResponse(errors.body(str(error), row, request_id), row.status, headers)
+    return JSONResponse(errors.body(message or str(error), row, request_id), row.status, headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:

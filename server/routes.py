@@ -17,10 +17,10 @@ from server.admission import Admission, Answer
 from server.chat import ChatRequest, Event
 from server.docs import failures, stream
 from server.engines import Engine
-from server.errors import NotReady, ReleaseError
+from server.errors import NotReady, ReleaseError, ServerError
 from server.manifest import Release
 from server.release import Keeper
-from server.replies import EventStream, Writing, read, unless_gone
+from server.replies import EventStream, Writing, read, refusal, unless_gone
 from server.schemas import Alive, ChatBody, ChatEvent, ChatReply, CompletionBody, CompletionChunk, CompletionReply, ModelList, Ready
 from server.settings import Settings
 from server.structured import check, checked
@@ -124,13 +124,23 @@ def router(gateway: Gateway) -> APIRouter:
         return JSONResponse({"status": "ok"})
 
     @paths.get("/readyz", response_model=Ready, responses=failures((NotReady, ReleaseError)))
-    async def readyz() -> Response:
-        """The release is loaded and its engine would answer now; else 503 with what to do."""
-        gateway.admission.check()
-        detail = await gateway.keeper.ready()
-        return JSONResponse({"status": "ready", "model": gateway.keeper.serving().model, "engine": detail})
+    async def readyz(request: Request) -> Response:
+        """The release is loaded and its engine would answer now; else 503 with what to do. Where keys are wanted, why is for their owners."""
+        return await _readiness(gateway, request)
 
     return paths
+
+
+async def _readiness(gateway: Gateway, request: Request) -> Response:
+    """Details name places and versions: they are for who may ask everything else too."""
+    known = request.state.caller.known
+    try:
+        gateway.admission.check()
+        detail = await gateway.keeper.ready()
+    except ServerError as error:
+        return refusal(error, request.state.request_id, None if known else "not ready: ask with an API key to learn why")
+    model = gateway.keeper.serving().model
+    return JSONResponse({"status": "ready", "model": model, "engine": detail} if known else {"status": "ready"})
 
 
 async def _whole(request: Request, answer: Answer) -> translate.Whole:

@@ -318,8 +318,9 @@ class Alive(Reply):
 
 class Ready(Reply):
     status: Literal["ready"]
-    model: str
-    engine: str
+    model: str | None = None
+    """This and the next are told to who has a key, where keys are wanted."""
+    engine: str | None = None
     """One line about it: version and place."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -30,8 +30,16 @@ def _names(value: Any) -> Any:
     return tuple(name for item in value.split(",") if (name := item.strip())) if isinstance(value, str) else value
 
 
+def _without_secrets(url: HttpUrl) -> HttpUrl:
+    """Addresses stand in logs and replies."""
+    if url.username or url.password:
+        raise ValueError("a user or password in an address would be shown with it: leave them out (--openai-key is for a key)")
+    return url
+
+
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
+Url = Annotated[HttpUrl, AfterValidator(_without_secrets)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
@@ -68,11 +76,11 @@ class Settings(BaseSettings):
     """Address to listen on; 0.0.0.0 lets the whole network in, and everybody then needs a key."""
     port: int = Field(8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    ollama_url: HttpUrl = HttpUrl("http://127.0.0.1:11434")
+    ollama_url: Url = HttpUrl("http://127.0.0.1:11434")
     """Where Ollama listens."""
     ollama_models: Path | None = None
     """Ollama's directory of models, to look whether its disk has room for a release; else OLLAMA_MODELS, or its home's."""
-    openai_url: HttpUrl = HttpUrl("http://127.0.0.1:8000/v1")
+    openai_url: Url = HttpUrl("http://127.0.0.1:8000/v1")
     """Where the server with OpenAI's API listens, /v1 included."""
     openai_key: SecretStr | None = None
     """Its key; rather a variable or a line of the file than a flag, which everybody on this machine can read."""

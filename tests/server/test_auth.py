@@ -13,7 +13,7 @@ import pytest
 
 from server.auth import Keys, is_loopback
 from server.chat import Delta, Finish, Usage
-from server.errors import SetupError
+from server.errors import EngineError, SetupError
 from server.limits import Limits
 from tests.server.scripted import ScriptedEngine, serving, small_release, until
 
@@ -132,6 +132,34 @@ async def test_with_a_key_everything_but_the_open_paths_wants_one(releases: Path
         assert "make key" in reply.json()["error"]["message"]
         assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
     assert [reply.status_code for reply in (*opened, answered, looked)] == [200] * 5
+
+
+@pytest.mark.anyio
+async def test_readyz_tells_who_has_no_key_whether_and_nothing_else(releases: Path, keys: Keys) -> None:
+    secret = keys.make("alice", MANY)
+    engine = ScriptedEngine()
+    async with serving(engine, releases) as client:
+        well = [await client.get("/readyz", headers=headers) for headers in ({}, bearer("tr-wrong"), bearer(secret))]
+        engine.problem = EngineError("no Ollama at http://10.0.0.1:11434, /srv/models")
+        ill = [await client.get("/readyz", headers=headers) for headers in ({}, bearer("tr-wrong"), bearer(secret))]
+        engine.problem = None
+    assert [reply.json() for reply in well[:2]] == [{"status": "ready"}] * 2
+    assert well[2].json() == {"status": "ready", "model": "trinity:small-0123456789ab", "engine": "scripted"}
+    assert [(reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) for reply in ill] == [
+        (503, "not_ready", "5")
+    ] * 3
+    assert ["10.0.0.1" in reply.text or "/srv" in reply.text for reply in ill] == [False, False, True]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("changes", "headers"), [({"host": "::"}, {}), ({}, {"X-Forwarded-For": "203.0.113.5"}), ({}, {"Host": "rebound.example"})]
+)
+async def test_readyz_tells_no_paths_to_who_may_ask_nothing_else(tmp_path: Path, changes: dict[str, Any], headers: dict[str, str]) -> None:
+    async with serving(ScriptedEngine(), tmp_path, wait=False, **changes) as client:
+        reply = await client.get("/readyz", headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+    assert str(tmp_path) not in reply.text
 
 
 @pytest.mark.anyio

@@ -62,6 +62,17 @@ def test_variables_that_are_no_settings_are_nobody_s_business(monkeypatch: pytes
     assert load([]).port == 8080
 
 
+@pytest.mark.parametrize("name", ["ollama_url", "openai_url"])
+@pytest.mark.parametrize("user", ["alice:hush-hush@", "alice@", ":hush-hush@"])
+def test_an_address_with_a_user_or_password_is_refused_by_the_setting_s_name_and_not_shown(
+    name: str, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"TRINITY_{name.upper()}", f"http://{user}10.0.0.1:1/v1")
+    with pytest.raises(SetupError, match=f"{name}: a user or password") as caught:
+        load([])
+    assert "hush" not in str(caught.value)
+
+
 def test_a_secret_never_shows_in_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRINITY_OPENAI_KEY", "hush-hush")
     assert "hush-hush" not in f"{load([])!r} {load([])}"
