@@ -113,7 +113,7 @@ def test_a_client_that_hangs_up_frees_the_engine_within_a_second(running: Gatewa
     with streaming(running) as lines:
         assert sum('"content"' in line for line in lines) > 60
     assert short < (time.monotonic() - began) / 2, "the engine went on with what nobody reads"
-    assert sample(running, GONE) == gone + 1
+    within(1, lambda: sample(running, GONE) == gone + 1)
 
 
 def test_a_client_that_leaves_before_the_first_token_or_the_queue_leaves_nothing_behind(running: GatewayProcess) -> None:
@@ -180,7 +180,7 @@ def test_an_ollama_that_dies_in_mid_stream_is_a_typed_error_and_counted(how: sig
             with streaming(running) as lines:
                 process.process.send_signal(how)
                 assert failed(lines)["code"] == "engine_failed"
-            assert sample(running, r'engine_errors_total\{code="engine_failed"\}') == 1
+            within(5, lambda: sample(running, r'engine_errors_total\{code="engine_failed"\}') == 1)  # after its event, as the stream ends
             process.process.wait(timeout=30)
             assert running.http.get("/readyz").status_code == 503
             refused = running.http.post("/chat", json=SHORT)
