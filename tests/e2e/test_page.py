@@ -495,7 +495,7 @@ async def test_a_queue_that_gives_up_in_the_middle_of_a_stream_is_waited_for_all
 async def test_a_connection_that_breaks_in_mid_answer_is_no_short_answer(chromium: Browser, tmp_path: Path) -> None:
     from playwright.async_api import expect
 
-    engine = ScriptedEngine((Delta("Half"), 0.2, RuntimeError("a mistake of the server's, which hangs up")))
+    engine = ScriptedEngine((Delta("Half"), 0.2, EOFError("a mistake of a kind that nobody foresaw: the server hangs up")))
     async with scripted(chromium, tmp_path, engine) as page:
         await ask(page, "Hi")
         answer = await answered(page)
