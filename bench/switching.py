@@ -62,10 +62,20 @@ def measure(directories: Sequence[Path], flags: Sequence[str], clients: int, sec
         process.wait_ready()
         changes = [*(["load", str(directory)] for directory in directories[1:]), ["rollback"]]
         asked = asyncio.run(_asking(process.url, clients, seconds, [partial(command, words, flags) for words in changes]))
-        live = process.wait_ready()["model"]
+        live = _settled(process, directories[-2].name)
     finally:
         process.stop()
     return {**summary(asked), "switches": len(changes), "model_at_the_end": live}
+
+
+def _settled(process: GatewayProcess, expected: str, timeout_s: float = 60.0) -> str:
+    """The model that is served, once it is the expected release: a gateway sees a change at its next look."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        model: str = process.wait_ready()["model"]
+        if model.endswith(f":{expected}") or time.monotonic() > deadline:
+            return model
+        time.sleep(0.2)
 
 
 def summary(asked: Sequence[Asked]) -> dict[str, Any]:
