@@ -22,6 +22,8 @@ from torch import Tensor
 from trainer.errors import ConfigError
 
 _ALIGN = 4096
+_PACKED = torch.float16
+"""Of a residual, in bfloat16 mode too: its row has a scale, and 11 digits are 3 more."""
 _LEAVING = 3
 """Copies to the host that may be under way while the next layers compute; what they read stays on the card as long."""
 
@@ -69,8 +71,8 @@ def _release(pinned: Tensor) -> None:
 class Waiting:
     """Puts tensors away and brings them back, last in, first out. Without an arena everything stays on the card."""
 
-    def __init__(self, arena: Arena | None, ops: ModuleType, dtype: torch.dtype) -> None:
-        self._arena, self._ops, self._dtype = arena, ops, dtype
+    def __init__(self, arena: Arena | None, ops: ModuleType) -> None:
+        self._arena, self._ops = arena, ops
         self._stream = torch.cuda.Stream() if arena else None
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -100,10 +102,8 @@ class Waiting:
         """
         if self._arena is None:
             return Ticket(x_TH, None, None)
-        host = self._arena.take(tuple(x_TH.shape), self._dtype)
-        if host is None:
-            raise ConfigError(self._full(x_TH))
-        packed = torch.empty_like(x_TH, dtype=self._dtype)
+        host = self._room(x_TH, _PACKED)
+        packed = torch.empty_like(x_TH, dtype=_PACKED)
         scale = self._ops.pack(x_TH, packed)
         self._copy(host, packed)
         self._residuals.append(Ticket(None, host, scale, self._forward))
@@ -113,18 +113,19 @@ class Waiting:
         """An output that is kept, on the `card` or `pinned`. Raises ConfigError as put_residual does."""
         if where == "card" or self._arena is None:
             return Ticket(x, None, None)
-        host = self._arena.take(tuple(x.shape), x.dtype)
-        if host is None:
-            raise ConfigError(self._full(x))
+        host = self._room(x, x.dtype)
         self._copy(host, x)
         return Ticket(None, host, None, self._forward)
 
-    def _full(self, x: Tensor) -> str:
+    def _room(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         assert self._arena is not None
-        return (
-            f"{self._arena.num_bytes:,} bytes of pinned memory are too few for a row of {len(x)} tokens: "
-            "lower data.max_tokens or train.batch_records, or kernels.keep_pinned_bytes"
-        )
+        host = self._arena.take(tuple(x.shape), dtype)
+        if host is None:
+            raise ConfigError(
+                f"{self._arena.num_bytes:,} bytes of pinned memory are too few for a row of {len(x)} tokens: "
+                "lower data.max_tokens or train.batch_records, or kernels.keep_pinned_bytes"
+            )
+        return host
 
     def fetch(self, ticket: Ticket | None) -> None:
         """Start bringing it back."""

@@ -103,7 +103,7 @@ class Stack:
         step = settings.kernels.span_layers
         self._spans = [self.layers[start : start + step] for start in range(0, len(self.layers), step)]
         arena = Arena(self._arena_bytes()) if settings.kernels.offload == "ours" and device.type == "cuda" else None
-        self._waiting = Waiting(arena, pieces.rest, torch.float16)  # also in bfloat16 mode: a row has its scale, and 11 digits are 3 more
+        self._waiting = Waiting(arena, pieces.rest)
         trainable = [one for layer in self.layers for one in layer.parameters_in_order()]
         self._gradients = Gradients(trainable) if settings.kernels.pin_gradients and device.type == "cuda" else None
 
@@ -195,8 +195,6 @@ def install(model: Any, size: gemma3.Size, settings: Settings) -> Stack:
     """
     inner = model.get_base_model().model
     kernels, device = settings.kernels, inner.embed_tokens.weight.device
-    if kernels.dora == "stock":
-        raise ConfigError('kernels.dora = "stock" has no place in our decoder layer; set kernels.layer = "stock" as well')
     _require(kernels, settings.dtype, device)
     if len(inner.layers) != size.num_layers:
         raise ModelError(f"the model has {len(inner.layers)} layers, its config.json {size.num_layers}")
@@ -211,7 +209,9 @@ def install(model: Any, size: gemma3.Size, settings: Settings) -> Stack:
 
 
 def _require(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
-    """What this device cannot do is said before anything is installed."""
+    """What our layer, or this device, cannot do is said before anything is installed."""
+    if kernels.dora == "stock":
+        raise ConfigError('kernels.dora = "stock" has no place in our decoder layer; set kernels.layer = "stock" as well')
     if kernels.pin_gradients and device.type != "cuda":
         raise ConfigError("kernels.pin_gradients = true needs a card: a CPU has one memory")
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
