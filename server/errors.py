@@ -118,6 +118,10 @@ class ClientGone(ServerError):
     """The client hung up; nobody reads this answer."""
 
 
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What a bug of ours, or a disk that fails, raises, for those few who must go on or say so all the same."""
+
+
 class Shown(NamedTuple):
     """How an error looks to a client."""
 

@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What a bug of ours raises: a stream under way must say so too, and has no status for it any more."""
 MISTAKE = "the server made a mistake; its log knows more about this request id"
 
 
@@ -170,7 +168,7 @@ class EventStream(Response):
                     yield opening + write(event)
         except ServerError as error:
             yield translate.sse(errors.body(str(error), errors.shown(error), self._request_id))
-        except MISTAKES as error:
+        except errors.MISTAKES as error:  # it has no status for them any more
             log.exception("a bug: the frames follow")
             self._answer.blame(error)
             yield translate.sse(errors.body(MISTAKE, errors.BUG, self._request_id))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from server import manifest
 from server.engines import Engine
-from server.errors import EngineError, NotReady, ReleaseError, ServerError, SetupError
+from server.errors import MISTAKES, EngineError, NotReady, ReleaseError, ServerError, SetupError
 from server.manifest import Release
 from server.release.state import Entry, State
 
@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 PAUSES_S = (2.0, 2.0, 5.0, 10.0, 30.0)
 """Before an engine that failed to load a release is asked again; the last one for ever after."""
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What a bug of ours, or a disk that fails, raises: it must not end the watch for releases."""
 MISTAKE = "the server made a mistake when it looked for its release; its log knows more"
 
 
@@ -160,12 +158,7 @@ class Keeper:
         if status.ready and status.digest == entry.digest:
             self._switch(entry.release, entry.digest)
             return
-        release = await asyncio.to_thread(manifest.read, entry.directory)
-        if release.manifest != entry.manifest:
-            raise ReleaseError(
-                f"{entry.directory} is not {entry.release.model} any more: load it again with `python -m server release load`"
-            )
-        await self._serve(release)
+        await self._serve(await asyncio.to_thread(entry.read))
 
     async def _serve(self, release: Release) -> None:
         if self._live and self._live.release == release:

@@ -244,7 +244,4 @@ def _kept(entry: Entry) -> Release:
     """A release that was loaded before; with its bytes checked again, if it still has them. Raises ReleaseError."""
     if not entry.release.gguf.is_file():
         return entry.release
-    release = manifest.read(entry.directory)
-    if release.manifest != entry.manifest:
-        raise ReleaseError(f"{entry.directory} is not {entry.release.model} any more: load that from where it is kept")
-    return release
+    return entry.read()

@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from server import manifest
 from server.errors import ReleaseError
 from server.manifest import Manifest, Part, Probe, Release, explain
 
@@ -37,6 +38,13 @@ class Entry(Part):
     def release(self) -> Release:
         """As it was when it was loaded; its files may be gone by now."""
         return Release(self.directory, self.manifest, self.probes)
+
+    def read(self) -> Release:
+        """It once more from its files, with every byte checked. Raises ReleaseError: they are damaged, gone, or another release's."""
+        release = manifest.read(self.directory)
+        if release.manifest != self.manifest:
+            raise ReleaseError(f"{self.directory} is not {self.release.model} any more: load it again with `python -m server release load`")
+        return release
 
 
 class Wanted(Part):
