@@ -14,11 +14,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bench.rows import raise_file_limit
 from server.chat import Message
 from server.conversation import render
+from server.port import allow_connections
 
 PROMPT_TOKENS = 2
+"""As the probes of tests.server.scripted.small_release have."""
+MAX_CLIENTS = 4096
 DIGEST = "sha256:" + "0" * 64
 
 
@@ -101,7 +103,7 @@ async def main() -> None:
     parser.add_argument("--first-s", type=float, default=0.0)
     parser.add_argument("--gap-s", type=float, default=0.0)
     options = parser.parse_args()
-    raise_file_limit()
+    allow_connections(MAX_CLIENTS)
     fake = Fake(options.first_s, options.gap_s)
     server = await asyncio.start_server(fake.serve, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)

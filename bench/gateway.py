@@ -32,19 +32,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bench import rows, switching
-from bench.fake_ollama import PROMPT_TOKENS
+from bench.fake_ollama import MAX_CLIENTS
 from bench.streams import Client, Dialect, Seen
-from tests.server.real import (
-    QUESTIONS,
-    GatewayProcess,
-    base_release,
-    clean_environment,
-    free_port,
-    ollama,
-    ollama_binary,
-    probe,
-    write_release,
-)
+from server.port import allow_connections
+from tests.server.real import GatewayProcess, base_release, clean_environment, free_port, ollama, ollama_binary
+from tests.server.scripted import small_release
 
 FIXED_S = 0.02
 """First token of the fake engine in case fixed."""
@@ -72,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--engine", choices=("ollama", "embedded"), default="ollama", help="of case release_switch")
     parser.add_argument("--out", type=Path, default=None, help="file to append to, instead of the one in bench/results/")
     options = parser.parse_args(arguments)
-    rows.raise_file_limit()
+    allow_connections(MAX_CLIENTS)
     with ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
         for who, work, metrics in CASES[options.case](options, folder, undo):
@@ -230,7 +222,7 @@ class Gateway(NamedTuple):
 @contextmanager
 def gateway_of(engine_url: str, release: Path, folder: Path, slots: int) -> Iterator[Gateway]:
     flags = ["--engine", "ollama", "--ollama-url", engine_url, "--releases", str(release), "--state", str(folder / "state")]
-    process = GatewayProcess(*flags, "--slots", str(slots), "--waiting", "64")
+    process = GatewayProcess(*flags, "--slots", str(slots), "--waiting", "64", "--max-answer-tokens", "1000000")
     try:
         model = process.wait_ready()["model"]
         yield Gateway(Way(process.url, "gateway"), process.process.pid, model)
@@ -246,10 +238,8 @@ def real_ollama(home: Path, undo: ExitStack) -> str:
 
 def fake_release(folder: Path) -> Path:
     """What the fake engine is asked to serve: no GGUF, and a context without an end."""
-    directory = folder / "gguf" / "fake-0123456789ab"
-    directory.mkdir(parents=True)
-    (directory / "model.gguf").write_bytes(b"GGUF and nothing else")
-    return write_release(directory, [probe(messages, range(PROMPT_TOKENS), "x") for messages in QUESTIONS], num_ctx=1_000_000)
+    short = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "num_predict": 2}  # a probe's answer, which may take a second a token
+    return small_release(folder / "gguf", num_ctx=1_000_000, sampling=short)
 
 
 @contextmanager
@@ -273,13 +263,12 @@ class Proxy(NamedTuple):
 @contextmanager
 def nginx(upstream: str, folder: Path) -> Iterator[Proxy]:
     """One worker, unbuffered, connections to the engine kept."""
-    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if binary is None:
-        raise SystemExit("bench.gateway: no nginx to compare with: install the package nginx-light")
     port, home = free_port(), folder / "nginx"
     home.mkdir()
     (home / "nginx.conf").write_text(NGINX.format(home=home, port=port, upstream=upstream.removeprefix("http://")))
-    process = subprocess.Popen([binary, "-c", str(home / "nginx.conf"), "-p", str(home), "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [nginx_binary(), "-c", str(home / "nginx.conf"), "-p", str(home), "-g", "daemon off;"], stderr=subprocess.DEVNULL
+    )
     try:
         time.sleep(0.5)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -303,9 +292,16 @@ http {{
 """
 
 
+def nginx_binary() -> str:
+    """Debian keeps it where only root's PATH looks."""
+    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if binary is None:
+        raise SystemExit("bench.gateway: no nginx to compare with: install the package nginx-light")
+    return binary
+
+
 def nginx_version() -> str:
-    binary = shutil.which("nginx") or "/usr/sbin/nginx"
-    said = subprocess.run([binary, "-v"], capture_output=True, text=True, check=True).stderr
+    said = subprocess.run([nginx_binary(), "-v"], capture_output=True, text=True, check=True).stderr
     return "nginx " + said.strip().rpartition("/")[2].split()[0]
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
@@ -107,9 +106,3 @@ def _field(file: str, name: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def raise_file_limit() -> None:
-    """As many open files as this process may have: thousands of streams are thousands of sockets."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
