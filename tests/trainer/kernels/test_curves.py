@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("peft")
 from trainer import random_weights
-from trainer.backends import hub
+from trainer.backends import hub, tiny
 from trainer.config import Config
 from trainer.kernels import loss, stack
 from trainer.training import model as models
@@ -73,7 +73,9 @@ def test_our_layer_takes_the_course_of_pefts_dora(tiny_config: Callable[..., Con
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-2), ("float16", 2e-2)])
 def test_so_it_does_on_a_card_in_the_270ms_shape(dtype: str, tolerance: float, tiny_config: Callable[..., Any], tmp_path: Path) -> None:
     """Random weights; the judge computes in float32 on the same card. float16 is T4 mode."""
-    assert random_weights.main([str(tmp_path / "model"), "--size", "270m", "--device", "cuda", "--cache", str(tmp_path / "cache")]) == 0
+    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))  # any will do: the rows are numbers
+    where = [str(tmp_path / "model"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert random_weights.main([*where, "--size", "270m", "--device", "cuda"]) == 0
     usual = [f"model.name={tmp_path / 'model'}", f"paths.cache={tmp_path / 'cache'}", "model.device=cuda"]
     first: dict[str, torch.Tensor] = {}
     wanted = curve(tiny_config(*usual, "model.dtype=float32", "kernels.dora=stock"), rows(50_000, 200), first, ours=False)

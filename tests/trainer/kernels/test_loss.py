@@ -94,10 +94,23 @@ def test_probabilities_below_float16_are_not_lost(scale: float) -> None:
         assert low <= off < high
 
 
+def workspace_bytes(weight: torch.Tensor) -> int:
+    """What cuBLAS takes beside operands and result during the larger of the loss' products."""
+    share = torch.ones(256, 2 * len(weight), device="cuda", dtype=weight.dtype)[:, : len(weight)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = torch.mm(share, weight, out_dtype=torch.float32)
+    return torch.cuda.max_memory_allocated() - before - result.nbytes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_card_it_never_waits_and_holds_one_chunk(dtype: torch.dtype) -> None:
-    """Gemma's 262,144 tokens at 1,024 rows: at most 300 MB beside the kept gradient, and float64's gradient within 16 bit."""
+    """Gemma's 262,144 tokens at 1,024 rows: at most 300 MB beside the kept gradient, and float64's gradient within 16 bit.
+
+    cuBLAS' own workspace is measured apart: 64 MiB a product on an sm_90, 8 on an sm_75.
+    """
     generator = torch.Generator("cuda").manual_seed(3)
     weight = (torch.randn(262_144, 256, generator=generator, device="cuda") / 16).to(dtype)
     hidden = torch.randn(1, 1024, 256, generator=generator, device="cuda").to(dtype).requires_grad_()
@@ -105,7 +118,7 @@ def test_on_a_card_it_never_waits_and_holds_one_chunk(dtype: torch.dtype) -> Non
     rows = loss.supervised_rows(labels)
     (loss.summed_cross_entropy(hidden, weight, labels, rows) / 1023).backward()  # type: ignore[no-untyped-call] # cuBLAS wakes up
     hidden.grad = None
-    torch.cuda.synchronize()
+    workspace = workspace_bytes(weight)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
@@ -114,7 +127,7 @@ def test_on_a_card_it_never_waits_and_holds_one_chunk(dtype: torch.dtype) -> Non
         (total * 2.0**12 / 1023).backward()  # type: ignore[no-untyped-call]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - before < 300e6
+    assert torch.cuda.max_memory_allocated() - before - workspace < 300e6
     exact = hidden.detach().double().requires_grad_()
     truth = stock(exact, weight.double(), labels)
     (truth * 2.0**12 / 1023).backward()  # type: ignore[no-untyped-call]

@@ -353,7 +353,7 @@ def test_forward_and_backward_of_layers_make_no_square_and_no_wide_weight() -> N
 
     tokens, size = 2112, reduced("4b", hidden=640, inner=1280)
     toy = Toy(size, torch.float16, "cuda")
-    model = toy.stack(ops=fused, kind=attention.Turing)
+    model = toy.stack(ops=fused, kind=attention.Turing, max_tokens=tokens)
     with Watch() as watch:
         of_ours(toy, model, documents((tokens,)), gradient(size, (tokens,)))
     assert ((tokens, size.hidden_size), torch.float32) in watch.seen, "sentinel: the residual was seen"
@@ -377,9 +377,10 @@ def test_such_tensors_would_be_seen() -> None:
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("span", "tile"), [(1, 4096), (2, 128)])
 def test_on_a_card_offload_spans_tiles_and_kept_outputs_change_nothing(span: int, tile: int, kept: str) -> None:
-    """Inputs wait in pinned memory in 16 bits, so what is kept, where, is compared with a recompute from the same."""
+    """What is kept of layer 1 comes from its float32 input, what is made again from that input in 11 digits; layer 0's has no more."""
     from trainer.kernels import fused
 
+    tolerance = 1e-6 if span == 2 or kept in {"nothing", "o"} else 4 * 2.0**-11
     toy, lengths = Toy(reduced("12b", 256, 512), torch.float16, "cuda"), (100, 28, 90)
     plainly = toy.stack(ops=fused, kind=attention.Turing, span_layers=span, mlp_tile_tokens=tile)
     wanted = of_ours(toy, plainly, documents(lengths), gradient(toy.size, lengths))
@@ -387,9 +388,10 @@ def test_on_a_card_offload_spans_tiles_and_kept_outputs_change_nothing(span: int
     model = toy.stack(
         ops=fused, kind=attention.Turing, kept=where, span_layers=span, mlp_tile_tokens=tile, keep_pinned_bytes=2**26, pin_gradients=False
     )
-    for _ in range(3):
-        found = of_ours(toy, model, documents(lengths), gradient(toy.size, lengths))
-        assert worst(found, wanted) <= 1e-6
+    first = of_ours(toy, model, documents(lengths), gradient(toy.size, lengths))
+    assert worst(first, wanted) <= tolerance
+    for _ in range(2):
+        assert worst(of_ours(toy, model, documents(lengths), gradient(toy.size, lengths)), first) <= 1e-6
     assert model.pinned_bytes > 0
 
 

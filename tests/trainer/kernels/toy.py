@@ -73,11 +73,18 @@ class Toy:
         return Adapter(a.requires_grad_(), b.requires_grad_(), torch.ones(out, dtype=self.wide, device=self.device).requires_grad_())
 
     def stack(
-        self, *, ops: ModuleType = plain, kind: type = attention.Plain, kept: Any = None, size: gemma3.Size | None = None, **kernels: Any
+        self,
+        *,
+        ops: ModuleType = plain,
+        kind: type = attention.Plain,
+        kept: Any = None,
+        size: gemma3.Size | None = None,
+        max_tokens: int = 256,
+        **kernels: Any,
     ) -> Stack:
         """Ours; m is set 20% away from n."""
         size = size or self.size
-        settings = Settings(Kernels(layer="ours", **kernels), self.dtype, SCALE, 256, kept or {})
+        settings = Settings(Kernels(layer="ours", **kernels), self.dtype, SCALE, max_tokens, kept or {})
         pieces = Pieces(ops, ops, ops)
         layers = [self._layer(number, size, settings, pieces) for number in range(size.num_layers)]
         generator = torch.Generator().manual_seed(12)
