@@ -45,8 +45,9 @@ def curve(cfg: Config, rows: Sequence[Row], first: dict[str, torch.Tensor], *, o
     for step in range(STEPS):
         batch = (models.packed_tensors if ours else models.tensors)([rows[step % len(rows)]])
         total = loss.of_batch(models.moved(batch, device), hidden, model.get_output_embeddings().weight)
-        found.append(total.item())
-        (total * stepper.scale).backward()  # type: ignore[no-untyped-call]
+        mean = total / (len(rows[0].ids) - 1)  # as the loop has it: a sum's gradients would overflow the scale that it begins with
+        found.append(mean.item())
+        (mean * stepper.scale).backward()  # type: ignore[no-untyped-call]
         stepper.step()
         stepper.zero_grad()
     assert stepper.skipped == 0
