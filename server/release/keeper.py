@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server import manifest
-from server.engines import Engine
+from server.engines import Engine, Status
 from server.errors import MISTAKES, EngineError, NotReady, ReleaseError, ServerError, SetupError
 from server.manifest import Release
 from server.release.state import Entry, State
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 PAUSES_S = (2.0, 2.0, 5.0, 10.0, 30.0)
 """Before an engine that failed to load a release is asked again; the last one for ever after."""
+LOOK_S = 1.0
+"""How old what is told of the engine may be: everybody may ask for it, also without a key."""
 MISTAKE = "the server made a mistake when it looked for its release; its log knows more"
 
 
@@ -33,6 +35,23 @@ class Live:
     digest: str
 
 
+class Glance:
+    """What the engine says of a release, asked for once in LOOK_S at most: whoever comes meanwhile shares the answer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._of: Live | None = None
+        self._asking: asyncio.Task[Status] | None = None
+        self._began = 0.0
+
+    async def at(self, live: Live) -> Status:
+        now = asyncio.get_running_loop().time()
+        if self._asking is None or self._of is not live or (self._asking.done() and now - self._began >= LOOK_S):
+            self._of, self._began = live, now
+            self._asking = asyncio.create_task(self._engine.status(live.release.model))
+        return await asyncio.shield(self._asking)  # who hangs up takes nobody else's answer along
+
+
 class Keeper:
     def __init__(self, releases: Path, engine: Engine, state: Path | None = None, poll_s: float = 0.5) -> None:
         self._releases = releases
@@ -40,6 +59,7 @@ class Keeper:
         self._state = State(state or releases / "state")
         self._poll_s = poll_s
         self._live: Live | None = None
+        self._glance = Glance(engine)
         self._why: Callable[[], ServerError] = lambda: NotReady("the server is starting")
         self._refused = ""
         self._settled: tuple[object, ...] | None = None
@@ -61,15 +81,16 @@ class Keeper:
 
     async def ready(self) -> str:
         """One line about the engine that is ready to answer. Raises like serving(), or NotReady when the engine is not."""
-        release = self.serving()
+        release, live = self.serving(), self._live
+        assert live, "else serving() raises"
         if self._ended:
             raise NotReady(f"{MISTAKE}: start it again")
-        status = await self._engine.status(release.model)
+        status = await self._glance.at(live)
         if not status.ready:
             raise NotReady(status.detail)
-        if self._live and self._live.release == release and status.digest != self._live.digest:
+        if status.digest != live.digest:
             raise NotReady(
-                f"{release.model} was replaced at the engine (it has {status.digest[:19]}, its probes were put to {self._live.digest[:19]}): "
+                f"{release.model} was replaced at the engine (it has {status.digest[:19]}, its probes were put to {live.digest[:19]}): "
                 "load it again with `python -m server release load`"
             )
         return f"{status.detail}; wanted but not served: {self._refused}" if self._refused else status.detail

@@ -182,7 +182,7 @@ def test_an_ollama_that_dies_in_mid_stream_is_a_typed_error_and_counted(how: sig
                 assert failed(lines)["code"] == "engine_failed"
             within(5, lambda: sample(running, r'engine_errors_total\{code="engine_failed"\}') == 1)  # after its event, as the stream ends
             process.process.wait(timeout=30)
-            assert running.http.get("/readyz").status_code == 503
+            within(5, lambda: running.http.get("/readyz").status_code == 503)
             refused = running.http.post("/chat", json=SHORT)
             assert (refused.status_code, refused.headers["retry-after"]) == (502, "2")
 

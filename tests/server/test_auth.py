@@ -15,6 +15,7 @@ from server.auth import Keys, is_loopback
 from server.chat import Delta, Finish, Usage
 from server.errors import EngineError, SetupError
 from server.limits import Limits
+from server.release.keeper import LOOK_S
 from tests.server.scripted import ScriptedEngine, serving, small_release, until
 
 MANY = Limits(1000, 100)
@@ -141,6 +142,7 @@ async def test_readyz_tells_who_has_no_key_whether_and_nothing_else(releases: Pa
     async with serving(engine, releases) as client:
         well = [await client.get("/readyz", headers=headers) for headers in ({}, bearer("tr-wrong"), bearer(secret))]
         engine.problem = EngineError("no Ollama at http://10.0.0.1:11434, /srv/models")
+        await asyncio.sleep(LOOK_S)
         ill = [await client.get("/readyz", headers=headers) for headers in ({}, bearer("tr-wrong"), bearer(secret))]
         engine.problem = None
     assert [reply.json() for reply in well[:2]] == [{"status": "ready"}] * 2

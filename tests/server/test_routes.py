@@ -13,6 +13,7 @@ import pytest
 from server.chat import Delta, Finish, Message, Usage
 from server.errors import EngineError, PromptTooLong, ReleaseError
 from server.manifest import Release
+from server.release.keeper import LOOK_S
 from tests.server.scripted import ScriptedEngine, serving, small_release, sse, until
 
 pytestmark = pytest.mark.anyio
@@ -515,6 +516,7 @@ async def test_readyz_follows_the_engine(releases: Path) -> None:
     async with serving(engine, releases) as client:
         well = await client.get("/readyz")
         engine.problem = EngineError("unplugged")
+        await asyncio.sleep(LOOK_S)
         ill = await client.get("/readyz")
         engine.problem = None
     assert well.json() == {"status": "ready", "model": MODEL, "engine": "scripted"}

@@ -18,6 +18,7 @@ from server.engines.embedded import EmbeddedEngine
 from server.errors import EngineError, NotReady, ReleaseError, SetupError
 from server.manifest import Release
 from server.release import Keeper, first_look
+from server.release.keeper import LOOK_S
 from server.release.state import STALE_S, Entry, State, Wanted
 from tests.server.real import lives
 from tests.server.scripted import ScriptedEngine, serving, small_release, until
@@ -251,6 +252,52 @@ async def test_what_the_engine_has_not_as_it_was_loaded_is_loaded_from_its_files
         engine.models[release.model] = "another"
         with pytest.raises(NotReady, match="was replaced at the engine"):
             await keeper.ready()
+
+
+class Asked(Shelf):
+    """Counts how often its status is asked for, which takes it a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    async def status(self, model: str) -> Status:
+        self.looks += 1
+        await asyncio.sleep(0.05)
+        return await super().status(model)
+
+
+async def test_many_who_ask_whether_it_is_ready_cost_the_engine_one_look_a_second(tmp_path: Path) -> None:
+    engine = Asked()
+    small_release(tmp_path, A)
+    async with keeping(tmp_path, engine) as keeper:
+        await until(lambda: serves(keeper, A))
+        began, asked = time.monotonic(), 0
+        while time.monotonic() < began + 2 * LOOK_S:
+            impatient = asyncio.create_task(keeper.ready())
+            await asyncio.sleep(0)
+            impatient.cancel()
+            assert await asyncio.gather(*(keeper.ready() for _ in range(50))) == ["scripted"] * 50
+            asked += 50
+            await asyncio.sleep(0.01)
+        assert asked > 500 and 2 <= engine.looks <= 3
+        engine.models.clear()
+        await asyncio.sleep(LOOK_S)
+        with pytest.raises(NotReady):
+            await keeper.ready()
+
+
+async def test_a_release_that_has_just_come_is_not_judged_by_a_look_at_the_one_before(tmp_path: Path) -> None:
+    engine = Asked()
+    small_release(tmp_path, A)
+    async with keeping(tmp_path, engine) as keeper:
+        await until(lambda: serves(keeper, A))
+        engine.models.clear()
+        with pytest.raises(NotReady):
+            await keeper.ready()
+        small_release(tmp_path, B)
+        await until(lambda: serves(keeper, B))
+        assert await keeper.ready() == "scripted"
 
 
 async def test_files_that_are_another_release_by_now_are_refused(tmp_path: Path, state: State) -> None:
