@@ -37,6 +37,11 @@ class Budget(NamedTuple):
         """The forecast of torch's max_memory_allocated."""
         return sum(num for name, num in self.terms.items() if name not in UNALLOCATED)
 
+    @property
+    def reserved_bytes(self) -> int:
+        """The forecast of torch's max_memory_reserved: with the CUDA context it is what runs out."""
+        return self.needed_bytes - self.terms.get("CUDA context", 0)
+
 
 def budget(cfg: Config, size: Size) -> Budget:
     """What a step of `cfg` needs at its peak, on the card or, with model.device = "cpu", in the machine's memory."""

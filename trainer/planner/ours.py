@@ -8,9 +8,14 @@ a scale a row, in pinned memory, and is computed again in its backward. Moments 
     loss        LOSS_ROWS rows of logits, the final hidden states and their gradient
     optimizer   the gradients back on the card, where kernels.pin_gradients moved them away
 
+Going back through the layers, gradients take the place of what was kept: with one pass a step the highest layer is the one where kept
+tensors of the layers before it and gradients of those behind it are most together. With several passes a step the gradients of the
+earlier ones stand through all of the later ones, and a layer's new ones come on top.
+
 Counted from shapes. The legend stands in standing.py; t = min(T, kernels.mlp_tile_tokens); b the bytes of a value in model.dtype.
 What is too small to count one by one (cuBLAS workspaces, rope's tables, the adapter's columns beside an activation, one layer's A and B
-in 16 bit) is REST, what an H100 had beyond the sum of the others at 4,096 and at 24,576 tokens. Not counted: what kernels.norms or
+in 16 bit) is REST, what an H100 had beyond the sum of the others at 4,096 and at 24,576 tokens; the other rows of
+bench/results/qdora_step.jsonl are its test, and the slack's (tests/trainer/planner/test_ours.py says which row is which). Not counted: what kernels.norms or
 kernels.geglu = "stock" hold beyond ours: these switches are for measurements.
 """
 
@@ -22,7 +27,7 @@ from collections.abc import Mapping
 from trainer.config import Config
 from trainer.gemma3 import Size
 from trainer.planner import keep, stock
-from trainer.planner.standing import LOSS_ROWS, adapter, narrow_bytes, num_trainable, tokens, weights
+from trainer.planner.standing import LOSS_ROWS, accumulates, adapter, narrow_bytes, num_trainable, tokens, weights
 
 SCORE_BLOCK_BYTES = 256 * 2**20
 """Most that the attention's backward holds of scores and their gradients at once."""
@@ -31,39 +36,39 @@ SCORE_BYTES = 12
 REST_BYTES, REST_BYTES_A_TOKEN = 175_000_000, 3_750
 GRADIENT_LAYERS = 2
 """Layers whose gradients are on the card at once where they are pinned: one in the making, one on its way."""
-SLACK_SHARE, SLACK_KEPT, SLACK_BYTES = 0.24, 0.1, 450_000_000
-"""Reserved but unused: a share of the moment's temporaries and one of the kept tensors, and fragments. Of the rows of
-bench/results/qdora_step.jsonl, which ran without expandable segments: with them it should be less."""
+SLACK_RESIDUALS, SLACK_KEPT, SLACK_BYTES = 0.71, 0.125, 20_000_000
+"""Reserved but unused, with expandable segments, as the trainer asks for them: as a share of the residuals (0.69 at 4,096 tokens, 0.71
+at 24,576 in spans of two), as one of the kept tensors, and a page or so."""
+FROM_PINNED = ("down", "o", "gate_up")
+"""Outputs that lie beside what the MLP's backward needs anyhow when they come back from pinned memory: the others take the place of what a
+recompute would have made."""
 
 
 def standing(cfg: Config, size: Size) -> dict[str, int]:
-    """Weights, adapter, its gradients (of two layers where the others are pinned) and optimizer state.
+    """Weights, adapter and optimizer state; its gradients come and go with the moments.
 
     DoRA's norm caches: n, |W|^2 and g = m / n in float32, 12 bytes a magnitude.
     """
     terms = {**weights(cfg, size), **adapter(cfg, size), "norm caches": 3 * 4 * num_trainable(cfg, size)[1]}
-    if _pins_gradients(cfg):
-        terms["gradients"] = GRADIENT_LAYERS * terms["gradients"] // size.num_layers
+    del terms["gradients"]
     return terms
 
 
 def moments(cfg: Config, size: Size) -> dict[str, Mapping[str, int]]:
     """Bytes a term of each moment; they exclude each other."""
     rest = REST_BYTES + REST_BYTES_A_TOKEN * tokens(cfg) if cfg.model.device == "cuda" else 0
-    backward = {**held(cfg, size), "residuals": residuals_bytes(cfg, size), "attention's half": half_bytes(cfg, size), "rest": rest}
+    backward = {**waiting(cfg, size), "residuals": residuals_bytes(cfg, size), "attention's half": half_bytes(cfg, size), "rest": rest}
     found: dict[str, Mapping[str, int]] = {
         "mlp": backward | mlp_moment(cfg, size),
         "attention": backward | attention_moment(cfg, size) | next_input(cfg, size),
-        "loss": {**held(cfg, size), "logits and loss": loss_bytes(cfg, size)},
+        "loss": {**before_backward(cfg, size), "logits and loss": loss_bytes(cfg, size)},
     }
-    return found | ({"optimizer": {"gradients, back for the step": 4 * sum(num_trainable(cfg, size))}} if _pins_gradients(cfg) else {})
+    return found | ({"optimizer": {"gradients, back for the step": gradients_bytes(cfg, size)}} if _pins_gradients(cfg) else {})
 
 
 def slack_bytes(moment: Mapping[str, int]) -> int:
-    """Kept tensors and layer inputs are alike and go back to where they came from: they leave few gaps."""
-    alike = ("kept tensors", "layer inputs")
-    kept_share = SLACK_KEPT * moment.get("kept tensors", 0)
-    return SLACK_BYTES + round(kept_share + SLACK_SHARE * sum(num for name, num in moment.items() if name not in alike))
+    """What the allocator holds beyond what is asked of it."""
+    return SLACK_BYTES + round(SLACK_RESIDUALS * moment.get("residuals", 0) + SLACK_KEPT * moment.get("kept tensors", 0))
 
 
 def pinned(cfg: Config, size: Size) -> dict[str, int]:
@@ -76,7 +81,7 @@ def pinned(cfg: Config, size: Size) -> dict[str, int]:
     terms = {
         "layer inputs": num_spans(cfg, size) * 2 * tokens(cfg) * size.hidden_size if cfg.kernels.offload == "ours" else 0,
         "kept tensors": keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, kept(cfg, size), "pinned"),
-        "gradients": 4 * sum(num_trainable(cfg, size)) if cfg.kernels.pin_gradients else 0,
+        "gradients": gradients_bytes(cfg, size) if cfg.kernels.pin_gradients else 0,
     }
     return {name: num for name, num in terms.items() if num}
 
@@ -97,19 +102,46 @@ def num_spans(cfg: Config, size: Size) -> int:
     return math.ceil(size.num_layers / cfg.kernels.span_layers)
 
 
-def held(cfg: Config, size: Size) -> dict[str, int]:
-    """What waits on the card between forward and backward, and what came back from the host for the layer at work.
+def waiting(cfg: Config, size: Size) -> dict[str, int]:
+    """What waits on the card while one layer's backward runs, at the layer where it is most.
 
-    layer inputs: all of them as they are, 4 T h a span, without offload. kept tensors: those of the card; of the pinned ones, the
-    most that one layer has. A CPU has no other memory: everything counts.
+    layer inputs: 4 T h of each span not yet gone through, without offload. kept tensors: those of the card, of the layers not yet gone
+    through. kept tensors, back: of the layer's own, from pinned memory. gradients: float32, of the layers gone through and of this one;
+    with several passes a step all of them, and this layer's new ones; where they are pinned those of GRADIENT_LAYERS.
     """
-    row, found = tokens(cfg) * size.hidden_size, kept(cfg, size)
-    parts = {where: keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, found, where) for where in ("card", "pinned")}
-    if not _is_pinning(cfg):
-        return {"layer inputs": num_spans(cfg, size) * 4 * row, "kept tensors": sum(parts.values())}
-    back = keep.largest_bytes(size, tokens(cfg), cfg.adapter.rank, found, "pinned")
-    inputs = {"layer inputs": num_spans(cfg, size) * 4 * row} if cfg.kernels.offload == "stock" else {}
-    return {**inputs, "kept tensors": parts["card"], "kept tensors, back": back}
+    made, found = keep.outputs(size, tokens(cfg), cfg.adapter.rank), kept(cfg, size)
+    every, row, total = cfg.kernels.span_layers, tokens(cfg) * size.hidden_size, gradients_bytes(cfg, size)
+    each, on_card, highest = total // size.num_layers, 0, dict[str, int]()
+    for layer in range(size.num_layers):
+        here = found.get(layer, {})
+        on_card += sum(made[name].num_bytes for name, where in here.items() if where == "card" or not _is_pinning(cfg))
+        back = sum(made[name].num_bytes for name, where in here.items() if where == "pinned" and name in FROM_PINNED)
+        gradients = total + each if accumulates(cfg) else total - layer * each
+        terms = {
+            "layer inputs": (layer // every + 1) * 4 * row if _keeps_inputs(cfg) else 0,
+            "kept tensors": on_card,
+            "kept tensors, back": back if _is_pinning(cfg) else 0,
+            "gradients": GRADIENT_LAYERS * each if _pins_gradients(cfg) else gradients,
+        }
+        highest = max(highest, terms, key=lambda one: sum(one.values()))
+    return highest
+
+
+def before_backward(cfg: Config, size: Size) -> dict[str, int]:
+    """What waits on the card at the end of the forward pass: as in `waiting`, of all layers; gradients of earlier passes, if there are any."""
+    found = kept(cfg, size)
+    places: tuple[keep.Where, ...] = ("card",) if _is_pinning(cfg) else ("card", "pinned")
+    gradients = 0 if _pins_gradients(cfg) or not accumulates(cfg) else gradients_bytes(cfg, size)
+    return {
+        "layer inputs": num_spans(cfg, size) * 4 * tokens(cfg) * size.hidden_size if _keeps_inputs(cfg) else 0,
+        "kept tensors": sum(keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, found, where) for where in places),
+        "gradients": gradients,
+    }
+
+
+def gradients_bytes(cfg: Config, size: Size) -> int:
+    """Of the whole adapter, float32."""
+    return 4 * sum(num_trainable(cfg, size))
 
 
 def next_input(cfg: Config, size: Size) -> dict[str, int]:
@@ -168,6 +200,11 @@ def loss_bytes(cfg: Config, size: Size) -> int:
 
 def _is_pinning(cfg: Config) -> bool:
     return cfg.kernels.layer == "ours" and cfg.model.device == "cuda"
+
+
+def _keeps_inputs(cfg: Config) -> bool:
+    """Layer inputs stay where they were made; a CPU has no other memory."""
+    return not _is_pinning(cfg) or cfg.kernels.offload == "stock"
 
 
 def _pins_gradients(cfg: Config) -> bool:

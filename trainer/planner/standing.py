@@ -15,6 +15,8 @@ ABSMAX_BLOCK = 256
 """Absmax values that share one float32 when they are quantised themselves."""
 STATE_BLOCK = 256
 """Values of 8-bit optimizer state that share one float32."""
+LEAST_TOKENS = 32
+"""No record is shorter, with its turn markers."""
 LOSS_ROWS = 128
 """Rows of logits that exist at once (trainer/kernels/loss.py)."""
 
@@ -25,6 +27,13 @@ def tokens(cfg: Config) -> int:
     if cfg.pack.enabled or cfg.kernels.layer == "ours":
         return cfg.train.batch_records * cfg.data.max_tokens
     return max(cfg.data.max_tokens, min(cfg.train.batch_records * cfg.data.max_tokens, cfg.train.tokens_per_step))
+
+
+def accumulates(cfg: Config) -> bool:
+    """Whether a step has several passes. Records that are not packed may be as short as they like, so that only a step of fewer tokens than
+    any record has is surely one pass; packed rows are full but for a few hundredths."""
+    row = tokens(cfg) if cfg.pack.enabled else LEAST_TOKENS
+    return round(cfg.train.tokens_per_step / row) > 1
 
 
 def weights(cfg: Config, size: Size) -> dict[str, int]:

@@ -12,12 +12,20 @@ from trainer.planner.budget import Budget, budget
 SIZE = SIZES["12b"]
 H, INNER, Q, KV, L = 3840, 15360, 4096, 2048, 48
 LONG = ("data.max_tokens=24576", "kernels.span_layers=2", "kernels.pin_gradients=true")
+GRADIENTS = 4 * (261_881_856 + 2_236_416)
 HALF = 2 * (2 * H + 2 * (Q + 2 * KV) + Q) + 4 * 16
 """Bytes a token of what stands between the two halves of a layer's backward."""
 
 
 def config(*overrides: str) -> Config:
-    nothing = ["kernels.layer=ours", "kernels.keep_bytes=0", "kernels.keep_pinned_bytes=0", "export.num_ctx=65536"]
+    """Nothing kept, and one pass a step, as the rows of bench/results/qdora_step.jsonl are."""
+    nothing = [
+        "kernels.layer=ours",
+        "kernels.keep_bytes=0",
+        "kernels.keep_pinned_bytes=0",
+        "export.num_ctx=65536",
+        "train.tokens_per_step=1",
+    ]
     return load("gemma3-12b-t4", [*nothing, *overrides])
 
 
@@ -35,22 +43,56 @@ def test_the_product_takes_11_5_gb_with_nothing_kept() -> None:
     assert 11.2e9 < found().allocated_bytes < 11.5e9
 
 
-@pytest.mark.parametrize(
-    ("more", "allocated", "reserved"),
-    [
-        ((), 11_504_970_752, 12_234_784_768),
-        (("kernels.keep_bytes=3_000_000_000", "kernels.keep_pinned_bytes=4_000_000_000"), 14_463_796_224, 15_502_147_584),
-        (LONG, 13_867_472_896, 15_353_249_792),
-    ],
-    ids=["nothing kept", "budgets filled", "24,576 tokens"],
-)
+KEEPING = ("kernels.keep_bytes=2_500_000_000", "kernels.keep_pinned_bytes=2_500_000_000")
+KEEPING_MORE = ("kernels.keep_bytes=2_500_000_000", "kernels.keep_pinned_bytes=4_000_000_000")
+FITTED = [
+    pytest.param((), 11_470_660_608, 11_601_444_864, id="4,096 tokens, nothing kept"),
+    pytest.param(KEEPING, 12_923_632_640, 13_363_052_544, id="budgets filled"),
+    pytest.param(LONG, 13_865_768_960, 14_935_916_544, id="24,576 tokens"),
+]
+"""More settings, bytes allocated and reserved: the rows that REST and SLACK of ours.py come from. One H100 in T4 mode under 15.6e9 bytes, with
+expandable segments, at a88a80f."""
+TESTED = [
+    pytest.param(("model.dtype=bfloat16",), 11_470_496_768, 11_641_290_752, id="bfloat16"),
+    pytest.param(KEEPING_MORE, 12_923_632_640, 13_363_052_544, id="more pinned"),
+    pytest.param(("data.max_tokens=16384",), 13_091_784_704, 13_633_585_152, id="16,384 tokens"),
+    pytest.param(KEEPING, 12_923_632_640, 13_381_926_912, id="mixed lengths, not packed"),
+]
+"""The other half: no constant has seen them."""
+
+
+@pytest.mark.parametrize(("more", "allocated", "reserved"), [*FITTED, *TESTED])
 def test_forecasts_are_what_an_h100_measured(more: tuple[str, ...], allocated: int, reserved: int) -> None:
-    """Rows of bench/results/qdora_step.jsonl; two constants of the forecast come from two of them, so this holds it to the truth
-    where it was seen, no more."""
+    """Within 5 % of what is allocated and 8 % of what is reserved, and never under by more than 3 %."""
     plan = found(*more)
-    assert plan.allocated_bytes == pytest.approx(allocated, rel=0.025)
-    forecast = plan.needed_bytes - plan.terms["CUDA context"]
-    assert 0.97 * reserved <= forecast <= 1.08 * reserved
+    assert 0.97 * allocated <= plan.allocated_bytes <= 1.05 * allocated
+    assert 0.97 * reserved <= plan.reserved_bytes <= 1.08 * reserved
+
+
+def test_the_slack_is_fitted_on_one_half_of_the_rows_and_right_on_the_other_within_2_percent_of_what_is_reserved() -> None:
+    """The sentinel: without it the reserved bytes of long contexts are missed by 7 %."""
+    worst = max(abs(found(*row.values[0]).reserved_bytes / row.values[2] - 1) for row in TESTED)  # type: ignore[misc, operator]
+    assert worst < 0.02
+    long = found(*LONG)
+    assert long.allocated_bytes < 0.93 * 14_935_916_544
+
+
+def test_several_passes_a_step_leave_all_gradients_beside_all_kept_tensors() -> None:
+    """With one pass kept tensors are gone when the last gradients come: 1.03 GB less at 12B."""
+    once, often = found(*KEEPING), found(*KEEPING, "train.tokens_per_step=16384")
+    each = GRADIENTS // L
+    assert once.terms["gradients"] == each
+    assert often.terms["gradients"] == L * each + each
+    assert often.allocated_bytes - once.allocated_bytes == L * each
+    nothing = found()
+    assert nothing.terms["gradients"] == GRADIENTS
+    assert found("train.tokens_per_step=16384").allocated_bytes - nothing.allocated_bytes == each
+
+
+def test_records_that_are_not_packed_may_be_short_and_make_several_passes() -> None:
+    unpacked = found(*KEEPING, "pack.enabled=false", "train.tokens_per_step=4096")
+    packed = found(*KEEPING, "pack.enabled=true", "train.tokens_per_step=4096")
+    assert unpacked.allocated_bytes > packed.allocated_bytes + 900_000_000
 
 
 def test_a_long_context_fits_a_t4_and_pins_less_than_6_5_gb() -> None:
@@ -62,13 +104,14 @@ def test_a_long_context_fits_a_t4_and_pins_less_than_6_5_gb() -> None:
     assert terms["residuals"] == 16 * T * H
     assert terms["attention's half"] == T * HALF
     assert found(*LONG).needed_bytes < 15_095 * 2**20
-    assert ours.pinned(config(*LONG), SIZE) == {"layer inputs": 24 * 2 * T * H, "gradients": 4 * (261_881_856 + 2_236_416)}
+    assert ours.pinned(config(*LONG), SIZE) == {"layer inputs": 24 * 2 * T * H, "gradients": GRADIENTS}
     assert ours.pinned_bytes(config(*LONG), SIZE) < 6.5e9
 
 
 def test_gradients_that_are_pinned_leave_two_layers_behind_and_come_back_for_the_step() -> None:
     card, away = found().terms["gradients"], found("kernels.pin_gradients=true")
-    assert away.terms["gradients"] == 2 * card // L
+    assert card == GRADIENTS
+    assert away.terms["gradients"] == 2 * (card // L)
     assert away.aside["optimizer"] == card
     short = found("kernels.pin_gradients=true", "data.max_tokens=512")
     assert short.moment == "optimizer", "nothing is won where a pass needs less than the gradients"

@@ -55,7 +55,7 @@ def test_with_our_layer_the_plan_says_what_is_pinned_kept_and_estimated(tmp_path
     assert "pinned in the host's memory: 2.49 GB of the 12.70 GB" in said
     assert "on the card down of 48 layers, o of 15 layers; pinned o of 31 layers" in said
     assert "estimated: 12.1 s for a pass of 4096 tokens" in said
-    assert "kernels.keep_bytes=2700000000 fits too" in said
+    assert "kernels.keep_bytes=3200000000 fits too" in said
     assert "warning" not in said
 
 
