@@ -12,11 +12,10 @@ from typing import NamedTuple
 from trainer.config import Config
 from trainer.gemma3 import Size
 from trainer.planner import ours, stock
+from trainer.planner.host import LIBRARIES_BYTES
 
 CONTEXT_BYTES = 228_000_000
 """CUDA context and cuBLAS workspaces: what lies between a T4's 15,095 MiB and the 15.6e9 bytes that a process may use of them."""
-LIBRARIES_BYTES = 900_000_000
-"""Resident size of Python with torch, transformers and PEFT imported, on a CPU."""
 UNALLOCATED = ("allocator's slack", "CUDA context")
 """Terms that torch does not count as allocated."""
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from trainer.config import Config
 from trainer.gemma3 import Size
 from trainer.planner import keep, stock
-from trainer.planner.standing import LOSS_ROWS, accumulates, adapter, narrow_bytes, num_trainable, tokens, weights
+from trainer.planner.standing import LOSS_ROWS, accumulates, adapter, gradients_bytes, narrow_bytes, num_trainable, tokens, weights
 
 SCORE_BLOCK_BYTES = 256 * 2**20
 """Most that the attention's backward holds of scores and their gradients at once."""
@@ -137,11 +137,6 @@ def before_backward(cfg: Config, size: Size) -> dict[str, int]:
         "kept tensors": sum(keep.kept_bytes(size, tokens(cfg), cfg.adapter.rank, found, where) for where in places),
         "gradients": gradients,
     }
-
-
-def gradients_bytes(cfg: Config, size: Size) -> int:
-    """Of the whole adapter, float32."""
-    return 4 * sum(num_trainable(cfg, size))
 
 
 def next_input(cfg: Config, size: Size) -> dict[str, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from trainer.config import Config
 from trainer.gemma3 import Size
-from trainer.planner import keep, ours
+from trainer.planner import host, keep, ours
 from trainer.planner.cards import Card
 from trainer.planner.standing import num_trainable, tokens, weights
 
@@ -29,6 +30,59 @@ def generation_s(cfg: Config, size: Size, card: Card) -> float:
     dequantised = 4 * size.num_linear_parameters if cfg.evaluate.batch_records > 1 else 0
     token_s = (sum(weights(cfg, size).values()) + dequantised) / card.bytes_per_s
     return models * batches * cfg.evaluate.max_new_tokens * token_s
+
+
+class Times(NamedTuple):
+    """Seconds by stage, None where nobody knows the card's rate. All of it estimated; `evaluate` and `verify` are upper bounds."""
+
+    download: float
+    quantise: float
+    load: float
+    train: float | None
+    evaluate: float | None
+    export: float
+    verify: float
+
+
+DOWNLOAD_BYTES_PER_S, DISK_BYTES_PER_S = 50e6, 200e6
+"""Assumed of a machine like Colab's."""
+QUANTISE_WEIGHTS_PER_S = 15e6
+"""Of one thread, into Q4_K. Measured with ggml on the CPU that the demo ran on."""
+DATA_BYTES_PER_TOKEN = 4
+"""Of a data set's file, its JSON included: rough, and on the slow side."""
+
+
+def times(cfg: Config, size: Size, card: Card, download_bytes: int, num_tokens: int) -> Times:
+    """num_tokens: of an epoch. quantise: the first run's, which reads the 16-bit shards once."""
+    load = sum(weights(cfg, size).values()) / DISK_BYTES_PER_S
+    pass_s, forward = step_s(cfg, size, card), forward_s(cfg, size, card)
+    # base and tuned, each over all records, none longer than a row
+    losses = None if forward is None else 2 * cfg.evaluate.max_records * forward
+    return Times(
+        download=download_bytes / DOWNLOAD_BYTES_PER_S,
+        quantise=2 * size.num_parameters / DISK_BYTES_PER_S,
+        load=load,
+        train=None if pass_s is None else num_passes(cfg, num_tokens) * pass_s,
+        evaluate=None if losses is None else load + losses + generation_s(cfg, size, card),
+        export=size.num_parameters / (QUANTISE_WEIGHTS_PER_S * host.CORES),
+        verify=60 * cfg.verify.minutes,
+    )
+
+
+def num_passes(cfg: Config, num_tokens: int) -> float:
+    """Forward and backward passes of a whole training."""
+    each_step = max(1, round(cfg.train.tokens_per_step / tokens(cfg)))
+    return cfg.train.max_steps * each_step if cfg.train.max_steps else cfg.train.epochs * num_tokens / tokens(cfg)
+
+
+def forward_s(cfg: Config, size: Size, card: Card) -> float | None:
+    """A forward pass of T tokens with its head, s."""
+    if cfg.model.device == "cpu" or card.flops_per_s is None:
+        return None
+    num = tokens(cfg)
+    attention = sum(attention_flops(size, num, layer) for layer in range(size.num_layers))
+    flops = 2.0 * num * (size.num_linear_parameters + size.vocab_size * size.hidden_size + num_trainable(cfg, size)[0]) + attention
+    return flops / card.flops_per_s + DEQUANTISE_BYTES * size.num_linear_parameters / card.bytes_per_s
 
 
 def step_s(cfg: Config, size: Size, card: Card) -> float | None:

@@ -72,6 +72,11 @@ def num_trainable(cfg: Config, size: Size) -> tuple[int, int]:
     return size.num_layers * matrices, size.num_layers * magnitudes
 
 
+def gradients_bytes(cfg: Config, size: Size) -> int:
+    """Of the whole adapter, float32; as much as the adapter itself."""
+    return 4 * sum(num_trainable(cfg, size))
+
+
 def largest_dequantised(size: Size) -> int:
     """One linear's weight in 16 bit, on its way into a matrix product."""
     return 2 * max(out * into for out, into in size.linears().values())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer import gemma3, progress
 from trainer.artifacts import Inputs
@@ -14,18 +16,37 @@ from trainer.config import Config, Model
 from trainer.errors import DoesNotFitError, ModelError
 from trainer.facts import PlanFacts
 from trainer.gemma3 import Size
-from trainer.planner import cards, keep, ours, remedy, roofline
+from trainer.planner import cards, host, keep, ours, remedy, roofline, terms
 from trainer.planner.budget import Budget, budget
+from trainer.planner.most import Most, most
+from trainer.planner.refusal import gb, refusal, shown
 from trainer.planner.remedy import Remedy
+from trainer.planner.roofline import Times
 from trainer.planner.standing import tokens
 
-VERSION = 2
+VERSION = 3
 
 EMBEDDED_BYTES = 253_000_000
 """The package that carries Gemma 3 270M."""
 VISION_BYTES = 804 * 2**20
 """Vision tower and projector of the multimodal sizes: downloaded with the shards, never loaded."""
 BAR_WIDTH = 28
+MILLION = 1_000_000
+"""Tokens of data that times are told for while there is no data."""
+
+
+class Found(NamedTuple):
+    """All that a plan says beside its facts. num_tokens: of an epoch; known: from the data's file, else a million is taken as an example."""
+
+    budget: Budget
+    ways: list[Remedy]
+    most: Most
+    times: Times
+    step_s: float | None
+    num_tokens: int
+    known: bool
+    disk: Mapping[str, int]
+    memory: Mapping[str, int]
 
 
 def sources(cfg: Config) -> Mapping[str, Path]:
@@ -53,17 +74,35 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> PlanFacts:
         download_bytes=download_bytes(cfg.model, size),
         pinned_bytes=ours.pinned_bytes(cfg, size),
     )
-    ways = [] if facts.fits else remedy.remedies(cfg, size, available)
-    _write(out / "plan.json", facts, found, ways)
+    all_found = look(cfg, size, facts, found)
+    _write(out / "plan.json", cfg, size, facts, all_found)
     progress.say(table(cfg, facts, found))
-    for line in [*keeping(cfg, size, facts), *host(cfg, size, facts), *speed(cfg, size)]:
+    for line in [*grouped(cfg, size, found), "", *keeping(cfg, size, facts), *pinning(cfg, size, facts), *around(cfg, all_found), ""]:
         progress.say(line)
-    problems = [] if facts.fits else refusal(cfg, facts, found, ways)
+    problems = [] if facts.fits else refusal(cfg, found, name, available, all_found.ways)
     problems += too_much_pinned(cfg, size, facts)
     if problems:
         raise DoesNotFitError(*problems)
-    progress.say(f"fits: {_gb(available - facts.needed_bytes)} of {_gb(available)} stay free")
+    progress.say(f"fits: {gb(available - facts.needed_bytes)} of {gb(available)} stay free; {longest(all_found.most, cfg)}")
     return facts
+
+
+def look(cfg: Config, size: Size, facts: PlanFacts, found: Budget) -> Found:
+    """Everything that is told and written beside the budget."""
+    card, data = cards.card(cfg.plan), cfg.data.path
+    known = data.is_file()
+    num_tokens = data.stat().st_size // roofline.DATA_BYTES_PER_TOKEN if known else MILLION
+    return Found(
+        budget=found,
+        ways=[] if facts.fits else remedy.remedies(cfg, size, facts.available_bytes),
+        most=most(cfg, size, facts.available_bytes),
+        times=roofline.times(cfg, size, card, facts.download_bytes, num_tokens),
+        step_s=roofline.step_s(cfg, size, card),
+        num_tokens=num_tokens,
+        known=known,
+        disk=host.disk(cfg, size, facts.download_bytes),
+        memory=host.memory(cfg, size),
+    )
 
 
 def model_size(model: Model) -> Size:
@@ -115,14 +154,35 @@ def table(cfg: Config, facts: PlanFacts, found: Budget) -> str:
     largest = max(found.terms.values())
     about = f"{cfg.model.name}, {_count(facts.num_parameters)} parameters, {cfg.data.max_tokens} tokens, rank {cfg.adapter.rank}"
     kind = "DoRA" if cfg.adapter.dora else "LoRA"
-    download = f"the first run downloads {_gb(facts.download_bytes)}" if facts.download_bytes else "nothing to download"
+    download = f"the first run downloads {gb(facts.download_bytes)}" if facts.download_bytes else "nothing to download"
     lines = [f"{about}, {kind}, {cfg.train.optimizer}, {cfg.model.dtype}", f"{download}\n"]
     for name, num_bytes in found.terms.items():
         bar = "█" * round(BAR_WIDTH * num_bytes / largest) or "▏"
-        lines.append(f"  {name:<30}{_gb(num_bytes):>10}  {bar}")
-    lines.append(f"  {'needed at the peak (' + found.moment + ')':<30}{_gb(facts.needed_bytes):>10}")
-    lines.append(f"  {'the ' + facts.card + ' has':<30}{_gb(facts.available_bytes):>10}\n")
+        lines.append(f"  {name:<30}{gb(num_bytes):>10}  {bar}")
+    lines.append(f"  {'needed at the peak (' + found.moment + ')':<30}{gb(facts.needed_bytes):>10}")
+    lines.append(f"  {'the ' + facts.card + ' has':<30}{gb(facts.available_bytes):>10}")
     return "\n".join(lines)
+
+
+def grouped(cfg: Config, size: Size, found: Budget) -> list[str]:
+    """The terms in three groups, beside what early recipes claim where the run is the one that they speak of."""
+    compared = gemma3.named(size) == "12b" and cfg.model.device == "cuda"
+    lines = [
+        f"  {'in three groups':<30}{'planned':>10}{'early recipes for a T4':>26}"
+        if compared
+        else f"  {'in three groups':<30}{'planned':>10}"
+    ]
+    for group, num in terms.grouped(found.terms).items():
+        lines.append(f"  {group:<30}{gb(num):>10}" + (f"{gb(terms.CLAIM[group]):>26}" if compared else ""))
+    return lines
+
+
+def longest(found: Most, cfg: Config) -> str:
+    """How far context and rank could go."""
+    line = f"with all else as it is up to {found.tokens} tokens, or rank {found.rank}"
+    roomy = cfg.kernels.layer == "ours" and found.roomy_tokens > found.tokens
+    more = "kernels.keep_bytes=0, keep_pinned_bytes=0, span_layers=2, pin_gradients=true"
+    return f"{line}; up to {found.roomy_tokens} tokens with {more}" if roomy else line
 
 
 def keeping(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
@@ -138,17 +198,17 @@ def keeping(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
     return [*lines, more] if roomiest >= cfg.kernels.keep_bytes + remedy.KEEP_STEP else lines
 
 
-def host(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
+def pinning(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
     """What is pinned of the host's memory, with a warning and remedies where that is much."""
     if not facts.pinned_bytes:
         return []
-    terms = ", ".join(f"{name} {_gb(num)}" for name, num in ours.pinned(cfg, size).items())
+    terms = ", ".join(f"{name} {gb(num)}" for name, num in ours.pinned(cfg, size).items())
     limits = cards.pinned_limits(cfg.plan)
-    has = f" of the {_gb(limits[1])} that Colab gives with a {facts.card}" if limits else ""
-    lines = [f"pinned in the host's memory: {_gb(facts.pinned_bytes)}{has} ({terms})"]
+    has = f" of the {gb(limits[1])} that Colab gives with a {facts.card}" if limits else ""
+    lines = [f"pinned in the host's memory: {gb(facts.pinned_bytes)}{has} ({terms})"]
     if limits and limits[0] < facts.pinned_bytes <= limits[1]:
-        lines.append(f"warning: more than {_gb(limits[0])} pinned leave little for the rest of a machine of Colab's; less is pinned with")
-        lines += _shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))
+        lines.append(f"warning: more than {gb(limits[0])} pinned leave little for the rest of a machine of Colab's; less is pinned with")
+        lines += shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))
     return lines
 
 
@@ -157,51 +217,99 @@ def too_much_pinned(cfg: Config, size: Size, facts: PlanFacts) -> list[str]:
     limits = cards.pinned_limits(cfg.plan)
     if not limits or facts.pinned_bytes <= limits[1]:
         return []
-    why = f"does not fit: {_gb(facts.pinned_bytes)} of pinned memory, and a machine with a {facts.card} has {_gb(limits[1])} on Colab"
-    return [f"{why}; for a larger machine give plan.vram_gb", *_shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))]
+    why = f"does not fit: {gb(facts.pinned_bytes)} of pinned memory, and a machine with a {facts.card} has {gb(limits[1])} on Colab"
+    return [f"{why}; for a larger machine give plan.vram_gb", *shown(remedy.pinned_remedies(cfg, size, limits[0], facts.available_bytes))]
 
 
-def speed(cfg: Config, size: Size) -> list[str]:
-    """Seconds of a step and of evaluate's answers on the card of the plan."""
-    if cfg.model.device == "cpu":
-        return []
+def around(cfg: Config, found: Found) -> list[str]:
+    """Times, disk and memory of the machine: estimates, stage by stage."""
+    return [*_speed(cfg, found), *_stages(cfg, found), *_machine(cfg, found)]
+
+
+def _speed(cfg: Config, found: Found) -> list[str]:
     card = cards.card(cfg.plan)
-    generating = progress.duration(roofline.generation_s(cfg, size, card))
-    lines = [f"evaluate generates for up to {generating} on such a card (evaluate.max_records, exact_match, max_new_tokens)"]
-    step_s = roofline.step_s(cfg, size, card)
-    if step_s and card.flops_per_s:
-        rate = f"{card.flops_per_s / 1e12:g} TFLOP/s"
-        lines.insert(0, f"estimated: {step_s:.1f} s for a pass of {tokens(cfg)} tokens and a step on such a card, at {rate}; not measured")
+    if found.step_s is None or card.flops_per_s is None:
+        return []
+    rate = f"{card.flops_per_s / 1e12:g} TFLOP/s"
+    lines = [f"estimated: {found.step_s:.1f} s for a pass of {tokens(cfg)} tokens and a step on such a card, at {rate}; not measured"]
+    passes = max(1, round(cfg.train.tokens_per_step / tokens(cfg)))
+    step = progress.duration(passes * found.step_s)
+    if found.times.train is not None:
+        data = (
+            f"{cfg.data.path}, about {found.num_tokens} tokens"
+            if found.known
+            else f"each million tokens of data ({cfg.data.path} is not there)"
+        )
+        amount = f"{cfg.train.max_steps} steps" if cfg.train.max_steps else f"{cfg.train.epochs:g} epochs of {data}"
+        lines.append(f"estimated: {step} a step of {passes} passes; training {progress.duration(found.times.train)} for {amount}")
     return lines
 
 
-def refusal(cfg: Config, facts: PlanFacts, found: Budget, ways: list[Remedy]) -> list[str]:
-    """Why not, and which changes do fit."""
-    term, num_bytes, setting = remedy.largest_movable(cfg, found)
-    missing_bytes = facts.needed_bytes - facts.available_bytes
-    missing = f"needs {_gb(facts.needed_bytes)}, the {facts.card} has {_gb(facts.available_bytes)}, {_gb(missing_bytes)} are missing"
-    movable = f"the largest part that a setting moves is {term}, {_gb(num_bytes)} ({setting})"
-    lines = [f"does not fit: {missing}; {movable}"]
-    lines += _shown(ways)
-    return (
-        lines
-        if ways
-        else [*lines, "  no single setting makes it fit: lower data.max_tokens and adapter.rank together, or take a smaller model"]
-    )
+def _stages(cfg: Config, found: Found) -> list[str]:
+    """A line a stage: its time and its disk."""
+    assumed = f"{roofline.DOWNLOAD_BYTES_PER_S / 1e6:g} MB/s of network, {roofline.DISK_BYTES_PER_S / 1e6:g} of disk, {host.CORES} cores"
+    lines = [f"estimated times and disk ({assumed}):"]
+    took = found.times._asdict()
+    shown_as = {
+        "download": "download",
+        "quantise": "NF4 state",
+        "load": "",
+        "train": "train",
+        "evaluate": "",
+        "export": "export",
+        "verify": "",
+    }
+    for stage, part in shown_as.items():
+        most_of = "up to " if stage in ("evaluate", "verify") else ""
+        time = "" if took[stage] is None else most_of + progress.duration(took[stage])
+        lines.append(f"  {stage:<12}{time:>20}{gb(found.disk[part]) if part else '':>12}")
+    total = sum(found.disk.values())
+    free = shutil.disk_usage(_existing(cfg.paths.output)).free
+    lines.append(f"  {'in all':<12}{'':>20}{gb(total):>12}, the download may go once the NF4 state is there; {gb(free)} are free here")
+    if free < total - found.disk["download"]:
+        lines.append("warning: that is too little here: make room, or take other disks: --set paths.output=DIR --set paths.cache=DIR")
+    return lines
 
 
-def _shown(ways: list[Remedy]) -> list[str]:
-    return [f"  --set {way.setting:<30} needs {_gb(way.needed_bytes)}; costs: {way.cost}" for way in ways]
+def _machine(cfg: Config, found: Found) -> list[str]:
+    """Memory of the machine, with a warning where a stage needs more than there is."""
+    limits = cards.pinned_limits(cfg.plan) if cfg.model.device == "cuda" else None
+    parts = ", ".join(f"{stage} {gb(num)}" for stage, num in found.memory.items())
+    has = f" of the {gb(limits[1])} of Colab's machine" if limits else ""
+    lines = [f"estimated memory of the machine{has}: {parts}"]
+    if limits:
+        lines += [f"warning: {stage} needs more memory than that" for stage, num in found.memory.items() if num > limits[1]]
+    return lines
 
 
-def _write(path: Path, facts: PlanFacts, found: Budget, ways: list[Remedy]) -> None:
-    tree = facts.model_dump() | {"moment": found.moment, "other_moments": dict(found.aside), "remedies": [way._asdict() for way in ways]}
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
+def _write(path: Path, cfg: Config, size: Size, facts: PlanFacts, found: Found) -> None:
+    """plan.json: the facts, every term with formula and source, and all that the table and the lines below it say."""
+    tree = facts.model_dump() | {
+        "moment": found.budget.moment,
+        "other_moments": dict(found.budget.aside),
+        "remedies": [way._asdict() for way in found.ways],
+        "allocated_bytes": found.budget.allocated_bytes,
+        "reserved_bytes": found.budget.reserved_bytes,
+        "headroom_bytes": facts.available_bytes - facts.needed_bytes,
+        "explained": terms.explained(found.budget.terms),
+        "groups": terms.grouped(found.budget.terms),
+        "claimed_groups": dict(terms.CLAIM),
+        "largest": found.most._asdict(),
+        "step_s": found.step_s,
+        "times_s": found.times._asdict(),
+        "epoch_tokens": found.num_tokens,
+        "disk_bytes": dict(found.disk),
+        "memory_bytes": dict(found.memory),
+        "checkpoint_bytes": host.checkpoint_bytes(cfg, size),
+        "mirror_bytes": host.mirror_bytes(cfg, size),
+    }
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def _count(num: int) -> str:
     return f"{num / 1e9:.1f} billion" if num >= 1e9 else f"{num / 1e6:.0f} million"
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import Config, load
 from trainer.gemma3 import SIZES
-from trainer.planner import budget, standing, stock
+from trainer.planner import budget, host, standing, stock
 from trainer.planner.cards import CARDS, card
 
 MIB = 2**20
@@ -95,7 +95,7 @@ def test_short_records_in_a_batch_are_not_counted_as_full_rows() -> None:
 def test_a_cpu_has_no_cuda_context() -> None:
     terms = budget.budget(load("tiny"), SIZES["tiny"]).terms
     assert "CUDA context" not in terms
-    assert terms["Python and its libraries"] == budget.LIBRARIES_BYTES
+    assert terms["Python and its libraries"] == host.LIBRARIES_BYTES
 
 
 def test_vram_gb_replaces_the_named_card() -> None:
