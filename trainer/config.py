@@ -134,7 +134,21 @@ class Kernels(Section):
 
 class Checkpoint(Section):
     every_steps: int = Field(50, ge=1)
+    every_minutes: float = Field(15.0, gt=0)
+    """Whichever comes first: a step may take a minute."""
     keep: int = Field(2, ge=1)
+    mirror: Path | None = None
+    """A directory that outlives the machine, a mounted Drive: the newest checkpoint is copied there, and taken up from there."""
+
+
+class Oom(Section):
+    """What happens when memory runs out while training."""
+
+    policy: Literal["ladder", "stop", "lossy"] = "ladder"
+    """"ladder" gives up speed, then context, rank and DoRA, one by one; "lossy" does so even where a shorter context costs more than 1 %
+    of the records; "stop" gives up nothing."""
+    stall_minutes: float = Field(30.0, gt=0)
+    """Minutes without a finished step after which training counts as stuck; 20 steps where these take longer."""
 
 
 class Evaluate(Section):
@@ -209,6 +223,7 @@ class Config(Section):
     # How, not what: never part of a key.
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
+    oom: Oom = Oom()
     run: Run = Run()
     paths: Paths = Paths()
     plan: Plan = Plan()

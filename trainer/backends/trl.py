@@ -14,10 +14,13 @@ The module is only imported once the model is there: unsloth must come before tr
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -39,8 +42,11 @@ class Observer(Protocol):
         """An optimizer step is done."""
 
     def logged(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def due(self) -> bool:
+        """Asked after each step: True saves a checkpoint."""
+
     def stop(self) -> bool:
-        """Asked after each step: True saves a checkpoint and ends the training."""
+        """Asked after each micro-batch: True saves a checkpoint, of the last whole step, and ends the training."""
 
 
 class Stepper(Protocol):
@@ -60,6 +66,9 @@ class Trainer(SFTTrainer):
     seal: Callable[[Path], object]
     partial: Path
     """Where a checkpoint is written before seal() moves it to its place."""
+    saved_step: int = 0
+    """Whose checkpoint is on disk; before the first step there is nothing to save."""
+    marked: tuple[int, float, tuple[Any, ...]]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Mean over the supervised tokens of the whole optimizer step: each micro-batch adds its sum / num_items_in_batch.
@@ -102,6 +111,22 @@ class Trainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.seal(self.partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.partial.rmdir()
+        self.saved_step = self.state.global_step
+
+    def mark(self) -> None:
+        """Remember what micro-batches move, as it is between two steps; weights and optimizer move only in a step."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        states = (random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)  # noqa: NPY002 - the global one, as HF saves it
+        self.marked = (self.state.num_input_tokens_seen, self.current_flos, states)
+
+    def back_to_mark(self) -> None:
+        """Forget the micro-batches since."""
+        self.state.num_input_tokens_seen, self.current_flos, (python, numpy, cpu, cuda) = self.marked
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002 - as above
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 def _base(model: Any) -> Any:
@@ -111,14 +136,31 @@ def _base(model: Any) -> Any:
 class _Events(TrainerCallback):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
+        self.trainer: Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.saved_step = state.global_step
         self._observer.began(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.mark()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Amid a step: what its micro-batches gathered is given up, and the state of the step before is saved."""
+        if self._observer.stop():
+            self.trainer.back_to_mark()
+            self._end(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._observer.stepped(state)
         if self._observer.stop():
-            control.should_save = control.should_training_stop = True
+            self._end(state, control)
+        elif self._observer.due():
+            control.should_save = True
+
+    def _end(self, state: Any, control: Any) -> None:
+        control.should_training_stop = True
+        control.should_save = state.global_step != self.trainer.saved_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         self._observer.logged(state.global_step, logs or {})
@@ -148,6 +190,7 @@ def trainer(
     batch's inputs; without it the model's own forward pass.
     """
     trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    events = _Events(observer)
     made = Trainer(
         model=model,
         args=_arguments(train, accumulation, every_steps, partial, device, checkpointing),
@@ -155,8 +198,9 @@ def trainer(
         train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
         processing_class=_no_tokenizer(),
         optimizers=(optimizer, None),
-        callbacks=[_Events(observer)],
+        callbacks=[events],
     )
+    events.trainer = made
     for parameter, data in trainable:
         parameter.data = data  # TRL cast them to bfloat16
     made.processing_class = None  # else each checkpoint would hold a copy

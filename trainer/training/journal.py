@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.artifacts import write_whole
 from trainer.facts import LossPoint
 
 
@@ -16,7 +17,7 @@ class Journal:
         self._file = file
         known = _lines(file) if file.exists() and resumed_step else []
         self._events = [event for event in known if event["step"] <= resumed_step]
-        file.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+        write_whole(file, "".join(json.dumps(event) + "\n" for event in self._events).encode())
 
     def write(self, step: int, **figures: float | None) -> None:
         event = {"step": step, **figures}
@@ -28,6 +29,10 @@ class Journal:
     def wall_s(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         return max((event["wall_s"] for event in self._events if "wall_s" in event), default=0.0)
+
+    def last_step(self, figure: str) -> int:
+        """0 where it was never measured."""
+        return max((event["step"] for event in self._events if figure in event), default=0)
 
     def points(self, figure: str) -> tuple[LossPoint, ...]:
         """The course of `loss` or `valid_loss`."""

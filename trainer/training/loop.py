@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer import progress
-from trainer.backends import bitsandbytes, peft
+from trainer import artifacts, progress
+from trainer.backends import bitsandbytes, hub, peft
 from trainer.config import Config
 from trainer.dataset.pack import pack
 from trainer.errors import Interrupted, StoppedError
 from trainer.facts import TrainFacts
 from trainer.kernels import loss
-from trainer.training import checkpoints, interrupt, measure, memory, optimizer
+from trainer.planner import standing
+from trainer.training import checkpoints, interrupt, measure, memory, mirror, optimizer, probe
 from trainer.training import model as models
 from trainer.training.batches import Example, Row, accumulation, row, sample
 from trainer.training.journal import Journal
@@ -86,8 +87,10 @@ def run(
     Raises:
         Interrupted: a checkpoint was saved. StoppedError: the loss is no number; the last checkpoint stays.
     """
-    checkpoints.tidy(out)
+    with checkpoints.writing(out):
+        checkpoints.tidy(out)
     state_dir = models.nf4(cfg)
+    kept = Kept(cfg, out, bitsandbytes.sha256(state_dir))
     model = models.with_new_adapter(cfg, models.base(cfg, state_dir))
     how = computing(cfg, model)
     progress.say("train: kernels: " + (", ".join(how.active) or "none of ours"))
@@ -101,27 +104,58 @@ def run(
         gather=how.gather,
     )
     todo = work(cfg, train, valid)
-    resume = checkpoints.newest(out / "checkpoints")
+    resume = kept.newest()
     done = checkpoints.step_of(resume) if resume else 0
     journal = Journal(out / "metrics.jsonl", done)
-    with interrupt.listening() as stop, progress.task("train", todo.steps - done, "steps") as task:
-        watch = Watch(cfg, model, how, stepper, todo, journal, out, stop, task, after_step)
-        state = _train(cfg, model, how, stepper, todo, watch, out, resume)
-    if stop() and state.global_step < state.max_steps:
-        raise Interrupted(
-            f"train: interrupted after step {state.global_step} of {state.max_steps}; a checkpoint is saved, the same command goes on"
+    with checkpoints.writing(out), interrupt.listening() as stop, progress.task("train", todo.steps - done, "steps") as task:
+        watch = Watch(cfg, model, how, stepper, todo, journal, out, stop, task, after_step, kept.schedule)
+        state = _train(cfg, model, how, stepper, todo, watch, kept, resume)
+        if stop() and state.global_step < state.max_steps:
+            saved = "a checkpoint is saved" if state.global_step else "nothing was done that a checkpoint could save"
+            raise Interrupted(f"train: interrupted after step {state.global_step} of {state.max_steps}; {saved}, the same command goes on")
+        peft.save(model, out / "adapter.new")
+        checkpoints.replace(out / "adapter.new", out / "adapter")
+    return _facts(cfg, todo, journal, state, how).model_copy(update={"base_sha256": kept.origin.base_sha256})
+
+
+class Kept:
+    """Where the checkpoints of one training are: on the disk, and in the mirror if there is one."""
+
+    def __init__(self, cfg: Config, out: Path, base_sha256: str) -> None:
+        label = artifacts.draft_label(out.with_suffix(""))
+        self.origin = checkpoints.Origin(
+            key=label.key if label else "", base_sha256=base_sha256, rank=cfg.adapter.rank, dora=cfg.adapter.dora
         )
-    peft.save(model, out / "adapter.new")
-    checkpoints.replace(out / "adapter.new", out / "adapter")
-    return _facts(cfg, todo, journal, state, how).model_copy(update={"base_sha256": bitsandbytes.sha256(state_dir)})
+        self.schedule = checkpoints.Schedule(cfg.checkpoint.every_minutes)
+        self.directory = out / "checkpoints"
+        self._out, self._keep = out, cfg.checkpoint.keep
+        mirror_dir = cfg.checkpoint.mirror
+        self._mirror = mirror.Mirror(mirror_dir / cfg.run.name, self.origin) if mirror_dir else None
+
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from; from the mirror where the disk has none."""
+        self.directory.mkdir(exist_ok=True)
+        found = checkpoints.newest(self.directory, self.origin)
+        if found is None and self._mirror:
+            self._mirror.restore(self._out)
+            found = checkpoints.newest(self.directory, self.origin)
+        return found
+
+    def seal(self, written: Path) -> None:
+        sealed = checkpoints.seal(written, self.directory, self._keep, self.origin)
+        if self._mirror:
+            self._mirror.save(sealed, self._out)
+        self.schedule.saved()
 
 
-def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work, watch: Watch, out: Path, resume: Path | None) -> Any:
+class _Interrupted(Exception):
+    """A validation that nobody waits for any more."""
+
+
+def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work, watch: Watch, kept: Kept, resume: Path | None) -> Any:
     """Run HF's loop; returns its TrainerState."""
     from trainer.backends import trl  # after the model: unsloth must be imported before trl
 
-    directory = out / "checkpoints"
-    directory.mkdir(exist_ok=True)
     made = trl.trainer(
         model,
         todo.rows,
@@ -129,16 +163,16 @@ def _train(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work
         train=cfg.train,
         accumulation=todo.accumulation,
         every_steps=cfg.checkpoint.every_steps,
-        partial=directory / checkpoints.PARTIAL,
+        partial=kept.directory / checkpoints.PARTIAL,
         device=cfg.model.device,
         # unsloth brings a checkpointing of its own
         checkpointing=cfg.train.gradient_checkpointing and cfg.model.backend != "unsloth",
         optimizer=stepper,
         save_adapter=lambda target: peft.save(model, target),
-        seal=lambda written: checkpoints.seal(written, directory, cfg.checkpoint.keep),
+        seal=kept.seal,
         observer=watch,
         hidden=how.hidden,
-        summed=how.summed if cfg.kernels.loss == "ours" else loss.stock_cross_entropy,
+        summed=_summed(cfg, how),
     )
     if resume:
         progress.say(f"train: going on from step {checkpoints.step_of(resume)}")
@@ -161,10 +195,11 @@ class Watch:
         stop: Callable[[], bool],
         task: progress.Task,
         after_step: Callable[[int], None],
+        schedule: checkpoints.Schedule,
     ) -> None:
         self._cfg, self._model, self._how, self._stepper, self._todo = cfg, model, how, stepper, todo
         self._journal, self._out, self._task, self._after_step = journal, out, task, after_step
-        self.stop = stop
+        self.stop, self.due = stop, schedule.due
         self._before_s = journal.wall_s
         self._tokens = 0
         self._started = self._stepped = time.monotonic()
@@ -173,6 +208,11 @@ class Watch:
         assert state.max_steps == self._todo.steps, "we and HF count steps differently"
         self._tokens = int(state.num_input_tokens_seen)
         self._how.refresh()  # a checkpoint may have replaced the weights
+        if state.global_step < state.max_steps:
+            _probe_longest(self._cfg, self._model, self._how, self._stepper, self._todo)
+        self._remember_best(state)
+        if state.global_step and self._validation_is_due(state) and self._journal.last_step("valid_loss") < state.global_step:
+            self._validate(state)  # the training was interrupted before it
         self._started = self._stepped = time.monotonic()
 
     def stepped(self, state: Any) -> None:
@@ -180,9 +220,12 @@ class Watch:
         now = time.monotonic()
         self._step_s, self._step_tokens = now - self._stepped, int(state.num_input_tokens_seen) - self._tokens
         self._tokens = int(state.num_input_tokens_seen)
-        if state.global_step % self._cfg.train.valid_every == 0 or state.global_step == state.max_steps:
+        if self._validation_is_due(state):
             self._validate(state)
         self._stepped = time.monotonic()
+
+    def _validation_is_due(self, state: Any) -> bool:
+        return bool(state.global_step % self._cfg.train.valid_every == 0 or state.global_step == state.max_steps)
 
     def logged(self, step: int, figures: Mapping[str, float]) -> None:
         """Raises StoppedError where the loss is no number, before this step's checkpoint is written."""
@@ -207,19 +250,53 @@ class Watch:
         self._task.advance(loss=figures["loss"], tokens_per_s=speed, memory=f"{peak / 1e9:.1f} GB")
 
     def _validate(self, state: Any) -> None:
-        """state carries the best loss so far through a checkpoint, in HF's own fields."""
+        """An interrupted one is given up, and made after the resume: on a T4 it can take longer than a person waits."""
         ours = self._cfg.kernels.layer == "ours"  # its norms are kept anyhow, and a packed row fills the card
         batch_rows = 1 if ours or self._cfg.pack.enabled else max(4, self._cfg.train.batch_records)
-        with measure.evaluating(self._model), nullcontext() if ours else peft.frozen_norms(self._model):
-            found = measure.loss(self._model, self._todo.valid, batch_rows, hidden=self._how.hidden, batch=models.collator(self._cfg))
-        self._journal.write(state.global_step, valid_loss=found)
-        self._task.advance(0, valid_loss=found)
+        batch = models.collator(self._cfg)
+        try:
+            with measure.evaluating(self._model), nullcontext() if ours else peft.frozen_norms(self._model):
+                found = measure.loss(self._model, self._todo.valid, batch_rows, self._heed, hidden=self._how.hidden, batch=batch)
+        except _Interrupted:
+            return
         if not math.isfinite(found):  # nothing is smaller than NaN: it would be the best for ever
             raise StoppedError(diverged(state.global_step, "the validation loss"))
         if state.best_metric is None or found < state.best_metric:
             peft.save(self._model, self._out / "best.new")
             checkpoints.replace(self._out / "best.new", self._out / "best")
-            state.best_metric, state.best_global_step = found, state.global_step
+        self._journal.write(state.global_step, valid_loss=found)  # after the adapter: a line that is there is never measured again
+        self._task.advance(0, valid_loss=found)
+        self._remember_best(state)
+
+    def _heed(self, _: int) -> None:
+        if self.stop():
+            raise _Interrupted
+
+    def _remember_best(self, state: Any) -> None:
+        """In HF's own fields, from the journal: a checkpoint that was saved without its validation knows less."""
+        points = self._journal.points("valid_loss")
+        if points:
+            best = min(points, key=lambda point: point.loss)
+            state.best_metric, state.best_global_step = best.loss, best.step
+
+
+def _probe_longest(cfg: Config, model: Any, how: Computing, stepper: Stepper, todo: Work) -> None:
+    size = hub.size(cfg.model, cfg.paths.cache)
+    probe.longest(
+        cfg,
+        model,
+        todo.rows,
+        todo.accumulation,
+        stepper,
+        hidden=how.hidden,
+        summed=_summed(cfg, how),
+        gather=how.gather,
+        state_bytes=standing.adapter(cfg, size)["optimizer state"],
+    )
+
+
+def _summed(cfg: Config, how: Computing) -> loss.Summed:
+    return how.summed if cfg.kernels.loss == "ours" else loss.stock_cross_entropy
 
 
 def _probe(train: Sequence[Example]) -> tuple[Example, Example]:
