@@ -1,10 +1,13 @@
-"""Kill -9 a stage at random moments: nothing that reads as whole may be torn, and the next run must finish.
+"""What must hold for long, under kills at random moments.
 
     python -m bench.soak --case train_kills --trials 100          # resumable: counts go on where they stopped
     python -m bench.soak --case export_kills --seconds 60 --at-least 5
+    python -m bench.soak --case gateway_chaos --seconds 900       # likewise; needs an Ollama (TRINITY_OLLAMA or PATH)
 
-A trial forks from this process, which has imported torch and its friends but never run them (a fork of a process with live
-thread pools hangs), so that it costs seconds less than a start from nothing. Preset `tiny`, whose stages take a few seconds.
+The kills end a stage with SIGKILL: nothing that reads as whole may be torn, and the next run must finish. A trial forks from this
+process, which has imported torch and its friends but never run them (a fork of a process with live thread pools hangs), so that it
+costs seconds less than a start from nothing. Preset `tiny`, whose stages take a few seconds. gateway_chaos is bench.chaos: clients go
+on asking while their engine is killed, and no outcome of a request may be unaccounted.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import rows
+from bench import chaos, rows
 from trainer import artifacts, pipeline
 from trainer.config import Config, load
 from trainer.errors import ArtifactError
@@ -38,15 +43,46 @@ class Tally(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=sorted(CASES), required=True)
+    parser.add_argument("--case", choices=[*sorted(CASES), chaos.CASE], required=True)
     parser.add_argument("--trials", type=int, default=100, help="stop after so many kills, those of earlier calls included")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, but not before --at-least")
-    parser.add_argument("--at-least", type=int, default=0)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=None,
+        help="stop after this time, but not before --at-least; gateway_chaos: 900, those of earlier calls included",
+    )
+    parser.add_argument("--at-least", type=int, default=0, help="fewer trials, or answers, are a failure")
+    parser.add_argument("--seed", type=int, default=None, help="of gateway_chaos; else another one at each call")
     parser.add_argument("--dir", type=Path, default=Path("output/soak"))
     parser.add_argument("--record", action="store_true", help="append the row to bench/results/soak.jsonl")
     options = parser.parse_args(arguments)
+    return _chaos(options) if options.case == chaos.CASE else _kills(options)
+
+
+def _chaos(options: argparse.Namespace) -> int:
+    state = options.dir / chaos.CASE / "tally.json"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    tally, seed = chaos.read(state), options.seed if options.seed is not None else random.randrange(1 << 32)
+    left_s = (900.0 if options.seconds is None else options.seconds) - tally.seconds
+    if left_s > 0:
+        print(f"{chaos.CASE}: {left_s:.0f} s with --seed {seed}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            tally += chaos.run(Path(folder), left_s, seed, state.with_name("gateway.log"))
+        artifacts.write_whole(state, json.dumps(asdict(tally)).encode())
+    failures = tally.failures(options.at_least)
+    for name, number in sorted({**tally.whys, **tally.events}.items()):
+        print(f"{chaos.CASE}: {number:6} {name}")
+    print(chaos.line(tally), *failures, sep="\n  PROBLEM ")
+    if options.record:
+        work = {"case": chaos.CASE, "engine": "ollama", "clients": chaos.CLIENTS, "seconds": round(tally.seconds), "seed": seed}
+        rows.append("soak", who="ours", work=work, metrics=chaos.metrics(tally))
+    return 1 if failures else 0
+
+
+def _kills(options: argparse.Namespace) -> int:
     _import_heavy()
-    tally = kill_repeatedly(options.case, options.dir / options.case, options.trials, options.seconds, options.at_least)
+    seconds = float("inf") if options.seconds is None else options.seconds
+    tally = kill_repeatedly(options.case, options.dir / options.case, options.trials, seconds, options.at_least)
     print(f"{options.case}: {tally.trials} kills, {tally.torn} torn, {tally.failed} failed")
     if options.record:
         rows.append("soak", who="ours", work={"case": options.case, "preset": "tiny"}, metrics={**tally._asdict(), "lost": 0})

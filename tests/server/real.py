@@ -184,22 +184,27 @@ def absent(why: str) -> NoReturn:
 class OllamaProcess:
     """A real Ollama with a home of its own."""
 
-    def __init__(self, binary: str, home: Path) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        settings = {
+    def __init__(self, binary: str, home: Path, port: int | None = None) -> None:
+        self._port = port or free_port()
+        self._command = [binary, "serve"]
+        self._settings = {
             "HOME": str(home),
-            "OLLAMA_HOST": f"127.0.0.1:{port}",
+            "OLLAMA_HOST": f"127.0.0.1:{self._port}",
             "OLLAMA_MODELS": str(home / "models"),
             "OLLAMA_NO_CLOUD": "1",
             "OLLAMA_KEEP_ALIVE": "-1",
             "OLLAMA_MAX_LOADED_MODELS": "1",
         }
+        self.url = f"http://127.0.0.1:{self._port}"
         self.log = home / "ollama.log"
+        self.start()
+
+    def start(self) -> None:
+        """At its address, and wait until it answers; also after its end."""
         with self.log.open("wb") as log:
             # A group of its own, so that a llama-server whose Ollama was killed can be reaped.
             self.process = subprocess.Popen(
-                [binary, "serve"], env=clean_environment(**settings), stdout=log, stderr=log, start_new_session=True
+                self._command, env=clean_environment(**self._settings), stdout=log, stderr=log, start_new_session=True
             )
         self._wait()
 
@@ -218,8 +223,9 @@ class OllamaProcess:
         found = subprocess.run(["pgrep", "-g", str(self.process.pid), "llama-server"], capture_output=True, text=True, check=False)
         return [int(pid) for pid in found.stdout.split()]
 
-    def stop(self) -> None:
-        self.process.terminate()
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it, and whatever llama-server it left."""
+        self.process.send_signal(how)
         self.process.wait(timeout=30)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
