@@ -37,7 +37,8 @@ WAITING = 6
 """Places in the queue: fewer than there are clients, so that it overflows now and then by itself."""
 TIMEOUTS_S = {"queue": 15, "first-token": 20, "stall": 8, "total": 30}
 """Short, so that a frozen engine meets them."""
-RECOVER_S = 60.0
+RECOVER_S = 90.0
+"""From the last trouble to an answer: what is under way may take its time-outs, and the model must be read again."""
 GROWTH_BYTES = 32 << 20
 BUGS = re.compile(r"Traceback|a bug:|never retrieved|made a mistake|was destroyed")
 
@@ -239,7 +240,7 @@ class Trouble:
         bag: list[str] = []
         began = time.monotonic()
         while (left_s := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left_s, self._dice.uniform(0.5, 8)))
+            await asyncio.sleep(min(left_s, self._dice.uniform(1, 9)))
             bag = bag or self._dice.sample([*kinds, "switch", "kill_runner"], len(kinds) + 2)  # each of them early on
             kind = bag.pop()
             self.events[kind] += 1

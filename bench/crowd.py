@@ -86,7 +86,7 @@ async def whole(response: httpx2.Response, question: Question) -> Outcome:
     return of_reply(200, response.headers, await response.aread(), question)
 
 
-async def _events(response: httpx2.Response, question: Question) -> Outcome:
+async def _events(response: httpx2.Response, question: Question | None) -> Outcome:
     stream = Stream(question)
     async for text in lines(response.aiter_bytes()):
         stream.read(text)
@@ -170,13 +170,14 @@ async def _hostile(http: httpx2.AsyncClient, dice: random.Random) -> Outcome:
     if path == "/chat" and any(word in content for word in (b'"n"', b'"tools"', b"response_format", b"image_url")):
         path = "/v1/chat/completions"  # /chat reads no such fields
     kind = dice.choice(["application/json"] * 5 + ["application/x-www-form-urlencoded"])
-    where = "before the reply"
+    asked = http.stream("POST", path, content=content, headers={"Content-Type": kind})
     try:
-        async with asyncio.timeout(HANG_S):
-            reply = await http.post(path, content=content, headers={"Content-Type": kind})
-            return of_reply(reply.status_code, reply.headers, reply.content, None)
+        async with asyncio.timeout(HANG_S), asked as reply:
+            if reply.headers["content-type"].startswith("text/event-stream"):  # who waits for long gets its error in a stream
+                return await _events(reply, None)
+            return of_reply(reply.status_code, reply.headers, await reply.aread(), None)
     except (httpx2.HTTPError, TimeoutError) as error:
-        return broke(error, f"{where} to {path} {content[:40]!r}")
+        return broke(error, f"for {content[:40]!r} to {path}")
 
 
 async def _raw(http: httpx2.AsyncClient, dice: random.Random) -> Outcome:

@@ -45,8 +45,6 @@ def of_reply(status: int, headers: Mapping[str, str], content: bytes, question: 
         return Outcome("unaccounted", f"a {status} that is no object")
     if status != 200:
         return _of_error(status, headers, tree, right=question is not None)
-    if question is None:
-        return Outcome("unaccounted", "an answer to what cannot be asked")
     choice = tree.get("choices", [tree])[0] if tree.get("choices", [tree]) else {}
     return _of_answer(choice.get("message", {}).get("content"), choice.get("finish_reason"), tree.get("usage"), question)
 
@@ -54,7 +52,8 @@ def of_reply(status: int, headers: Mapping[str, str], content: bytes, question: 
 class Stream:
     """Reads a stream of server-sent events line by line."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question | None) -> None:
+        """question: None where it can only end in an error."""
         self._question = question
         self._text = ""
         self._reason: Any = None
@@ -89,7 +88,7 @@ class Stream:
 
     def so_far(self) -> Outcome:
         """The client hangs up here."""
-        if self._wrong or not self._question.says.startswith(self._text):
+        if self._wrong or not (self._question and self._question.says.startswith(self._text)):
             return Outcome("unaccounted", self._wrong or f"the wrong words: {self._text[-60:]!r}")
         return Outcome("left", "in a stream")
 
@@ -98,7 +97,7 @@ class Stream:
         if self._wrong:
             return Outcome("unaccounted", self._wrong)
         if self._error is not None:
-            found = _of_error(0, {}, {"error": self._error}, right=True)
+            found = _of_error(0, {}, {"error": self._error}, right=self._question is not None)
             return Outcome(found.kind, f"{found.why} in a stream")
         if not self._done:
             return Outcome("unaccounted", "a stream that just ends")
@@ -122,7 +121,9 @@ def _of_error(status: int, headers: Mapping[str, str], tree: Mapping[str, Any], 
     return Outcome("typed_error", code)
 
 
-def _of_answer(text: Any, reason: Any, usage: Any, question: Question) -> Outcome:
+def _of_answer(text: Any, reason: Any, usage: Any, question: Question | None) -> Outcome:
+    if question is None:
+        return Outcome("unaccounted", "an answer to what cannot be asked")
     if reason not in ("stop", "length"):
         return Outcome("unaccounted", "an answer without a finish_reason")
     if not isinstance(text, str) or not text:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench import chaos, crowd
-from bench.outcomes import Question, of_reply
+from bench.outcomes import Question, Stream, of_reply
 from server.chat import Delta, Event, Finish, Usage
 from server.errors import EngineError
 from tests.server.scripted import ScriptedEngine, serving, small_release
@@ -122,6 +122,14 @@ async def test_a_gateway_that_is_not_there_is_unaccounted() -> None:
     async with crowd.connections("http://127.0.0.1:9") as http:
         found = await crowd.asked(http, ASKED, crowd._events)
     assert (found.kind, found.why) == ("unaccounted", "ConnectError before the reply")
+
+
+@pytest.mark.parametrize(("last", "kind"), [(ERROR, "typed_error"), (LAST, "unaccounted")])
+def test_who_waits_for_long_gets_the_error_of_a_wrong_request_in_a_stream(last: Any, kind: str) -> None:
+    stream = Stream(None)
+    for line in (b": ping\n\n" + events(last) + (b"" if last is ERROR else DONE)).decode().split("\n"):
+        stream.read(line)
+    assert stream.end().kind == kind
 
 
 def test_an_answer_to_what_cannot_be_asked_is_unaccounted() -> None:
