@@ -131,5 +131,5 @@ def configure(format: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format == "json" else Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("httpx", "httpx2", "uvicorn"):  # they tell of every request in their own way
+    for name in ("httpx", "uvicorn"):  # they tell of every request in their own way
         logging.getLogger(name).setLevel(logging.WARNING)

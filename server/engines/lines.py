@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterable
 async def lines(chunks: AsyncIterable[bytes]) -> AsyncGenerator[str]:
     """The lines of UTF-8 bytes that come in any pieces, without their line feed; what is left at the end is a line too.
 
-    httpx2's own aiter_lines() also splits at U+0085, U+2028 and their like. JSON holds those raw inside of strings (llama.cpp
+    str.splitlines() also splits at U+0085, U+2028 and their like. JSON holds those raw inside of strings (llama.cpp
     writes all of them so, Go the first), and an answer with one of them would be torn.
     """
     rest = b""

@@ -1,6 +1,6 @@
 """A running Ollama: its native /api/chat, since its OpenAI endpoint overrides sampling and loses errors in mid-stream.
 
-Answers go over httpx2; the rare admin calls over Ollama's own package. Ollama checks and counts nothing by itself, so:
+Answers go over engines/client.py; the rare admin calls over Ollama's own package. Ollama checks and counts nothing by itself, so:
 `truncate` and `shift` are off (else a long prompt is cut silently), a stream without `done` is an error (Ollama has no
 other sign for its own death), and nothing that reloads the model (num_ctx and such) ever goes into a request.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx  # the package ollama's own, whose errors it lets through
-import httpx2
 import ollama
 
 from server.chat import ChatRequest, Delta, Event, Finish, Message
 from server.engines import Status, probes, said
+from server.engines.client import FAILED, Http, Reply, let_end, text_of
 from server.engines.lines import lines
 from server.errors import EngineError, PromptTooLong, SetupError
 from server.manifest import Manifest, Prompt, Release
@@ -32,25 +32,22 @@ ADMIN_TIMEOUT_S = 600.0
 LOOK_TIMEOUT_S = 5.0
 """For what must answer at once or counts as not there."""
 CHUNK_BYTES = 1 << 20
-NOT_THERE = (httpx2.HTTPError, httpx.HTTPError, ollama.ResponseError, ConnectionError, TimeoutError)
+NOT_THERE = (*FAILED, httpx.HTTPError, ollama.ResponseError, ConnectionError)
 
 
 class OllamaEngine:
     def __init__(self, url: str, slots: int) -> None:
         self.slots = slots
         self.url = url.rstrip("/")
-        # Time-outs belong to admission; only connecting may not hang.
-        limits = httpx2.Limits(max_keepalive_connections=slots)  # and no limit on connections: admission has it
-        self._http = httpx2.AsyncClient(base_url=self.url, timeout=httpx2.Timeout(None, connect=5.0), limits=limits, trust_env=False)
+        self._http = Http(keep_alive=True)
         self._admin = ollama.AsyncClient(host=self.url, timeout=ADMIN_TIMEOUT_S, trust_env=False)
         self._digests: dict[str, str] = {}
         self._placed: dict[str, tuple[Manifest, str]] = {}
 
     async def check(self) -> None:
         try:
-            response = await self._http.get("/api/version", timeout=LOOK_TIMEOUT_S)
-            version = str(response.json()["version"])
-        except (httpx2.HTTPError, *said.MISSHAPEN) as error:
+            version = str((await self._look()).json()["version"])
+        except (*FAILED, *said.MISSHAPEN) as error:
             raise SetupError(
                 f"no Ollama answers at {self.url} ({error or type(error).__name__}): start it with `ollama serve`, "
                 "name another place with --ollama-url, or take --engine embedded"
@@ -79,7 +76,7 @@ class OllamaEngine:
 
     async def lacks(self, release: Release) -> int:
         with self._asked_to(f"say whether it has {release.model}"):
-            there = (await self._http.head(_blob(release), timeout=LOOK_TIMEOUT_S)).status_code == 200
+            there = (await self._http.ask("HEAD", self._blob(release), timeout_s=LOOK_TIMEOUT_S)).status == 200
         return 0 if there else release.manifest.files["gguf"].num_bytes
 
     async def held_bytes(self) -> int:
@@ -101,25 +98,28 @@ class OllamaEngine:
         if request.schema is not None:
             body["format"] = request.schema
         try:
-            async with self._http.stream("POST", "/api/chat", json=body) as response:
-                if response.status_code != 200:
-                    raise _failure((await response.aread()).decode("utf-8", "replace"), response.status_code)
-                async for line in lines(response.aiter_bytes()):
+            async with self._http.stream(f"{self.url}/api/chat", body) as response:
+                if response.status != 200:
+                    raise _failure(await text_of(response), response.status)
+                async for line in lines(response.content.iter_any()):
                     for event in _events(line):
-                        yield event
                         if isinstance(event, Finish):
+                            await let_end(response)
+                            yield event
                             return
-        except httpx2.HTTPError as error:
+                        yield event
+        except FAILED as error:
             raise EngineError(f"Ollama at {self.url} broke off or is not there: {error or type(error).__name__}") from error
         raise EngineError("Ollama's answer ended without its end")
 
     async def render(self, model: str, messages: Sequence[Message]) -> str:
         try:
-            response = await self._http.post("/api/chat", json={**_body(model, messages), "stream": False, "_debug_render_only": True})
-        except httpx2.HTTPError as error:
+            body = {**_body(model, messages), "stream": False, "_debug_render_only": True}
+            response = await self._http.ask("POST", f"{self.url}/api/chat", body)
+        except FAILED as error:
             raise EngineError(f"Ollama at {self.url} is not there: {error or type(error).__name__}") from error
-        if response.status_code != 200:
-            raise _failure(response.text, response.status_code)
+        if response.status != 200:
+            raise _failure(response.text, response.status)
         with said.understood(f"Ollama at {self.url}", response.text):
             rendered = response.json().get("_debug_info", {}).get("rendered_template")
         if not isinstance(rendered, str):
@@ -129,7 +129,7 @@ class OllamaEngine:
     async def status(self, model: str) -> Status:
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                version = (await self._http.get("/api/version")).json()["version"]
+                version = (await self._look()).json()["version"]
                 digest, device = await self._digest(model), await self._device(model)
         except (*NOT_THERE, *said.MISSHAPEN) as error:
             return Status(False, "", f"Ollama at {self.url} does not answer: {error or type(error).__name__}")
@@ -143,8 +143,14 @@ class OllamaEngine:
             await self._admin.generate(model, keep_alive=0)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
         await self._admin.close()  # type: ignore[no-untyped-call]  # not annotated there
+
+    async def _look(self) -> Reply:
+        return await self._http.ask("GET", f"{self.url}/api/version", timeout_s=LOOK_TIMEOUT_S)
+
+    def _blob(self, release: Release) -> str:
+        return f"{self.url}/api/blobs/sha256:{release.sha256}"
 
     @contextmanager
     def _asked_to(self, do: str) -> Iterator[None]:
@@ -157,9 +163,10 @@ class OllamaEngine:
     async def _upload(self, release: Release) -> None:
         if not (size := await self.lacks(release)):
             return
-        response = await self._http.post(_blob(release), content=_chunks(release.gguf), headers={"Content-Length": str(size)})
-        if response.status_code not in (200, 201):
-            raise _failure(response.text, response.status_code)
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        response = await self._http.ask("POST", self._blob(release), content=_chunks(release.gguf), headers=headers)
+        if response.status not in (200, 201):
+            raise _failure(response.text, response.status)
 
     async def _create(self, release: Release) -> None:
         """A broken GGUF is answered with HTTP 200 and an error in the last line, hence read to the word success."""
@@ -188,10 +195,6 @@ class OllamaEngine:
             return ""
         on_gpu = found.size_vram or 0
         return "cpu" if not on_gpu else "gpu" if on_gpu >= found.size else "cpu and gpu"
-
-
-def _blob(release: Release) -> str:
-    return f"/api/blobs/sha256:{release.sha256}"
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

@@ -13,11 +13,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import httpx2
-
 from server import conversation
 from server.chat import ChatRequest, Delta, Event, Finish, Message, Usage
 from server.engines import Status, probes, said
+from server.engines.client import FAILED, Http, text_of
 from server.engines.lines import lines
 from server.errors import BadRequest, EngineError, PromptTooLong, SetupError
 from server.manifest import Release
@@ -26,8 +25,6 @@ LOOK_TIMEOUT_S = 5.0
 """For what must answer at once or counts as not there."""
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """For llguidance, which may be what the server reads schemas with: else it lets an answer be blanks until it is cut. Others ignore it."""
-LIMITS = httpx2.Limits(max_keepalive_connections=0)
-"""llama-server may hang up between two requests of one connection, and the second is lost (seen)."""
 
 
 class OpenAIEngine:
@@ -37,8 +34,8 @@ class OpenAIEngine:
         self.url = url.rstrip("/")
         self._model = model
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Time-outs belong to admission; only connecting may not hang.
-        self._http = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(None, connect=5.0), limits=LIMITS, trust_env=False)
+        # llama-server may hang up between two requests of one connection, and the second is lost (seen).
+        self._http = Http(headers, keep_alive=False)
         self._loaded: dict[str, tuple[str, int]] = {}
         """For each of our models its name there, and its context in tokens."""
 
@@ -73,14 +70,14 @@ class OpenAIEngine:
         try:
             room = await self._room(name, prompt, num_ctx)
             body = {"model": name, "prompt": prompt, **_options(request), "max_tokens": min(request.max_tokens, room)}
-            async with self._http.stream("POST", f"{self.url}/completions", json=body) as response:
-                if response.status_code != 200:
-                    raise _refusal((await response.aread()).decode("utf-8", "replace"), response.status_code, request)
+            async with self._http.stream(f"{self.url}/completions", body) as response:
+                if response.status != 200:
+                    raise _refusal(await text_of(response), response.status, request)
                 answer = _Answer()
-                async for line in lines(response.aiter_bytes()):
+                async for line in lines(response.content.iter_any()):
                     if delta := answer.read(line):
                         yield delta
-        except httpx2.HTTPError as error:
+        except FAILED as error:
             raise EngineError(f"{self.url} broke off or is not there: {error or type(error).__name__}") from error
         yield answer.finish()
 
@@ -104,7 +101,7 @@ class OpenAIEngine:
         self._loaded.pop(model, None)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     def _known(self, model: str) -> tuple[str, int]:
         if model not in self._loaded:
@@ -113,11 +110,11 @@ class OpenAIEngine:
 
     async def _listed(self) -> list[str]:
         try:
-            response = await self._http.get(f"{self.url}/models", timeout=LOOK_TIMEOUT_S)
-            if response.status_code != 200:
-                raise EngineError(f"{self.url} answers {response.status_code}: {response.text[:300]}")
+            response = await self._http.ask("GET", f"{self.url}/models", timeout_s=LOOK_TIMEOUT_S)
+            if response.status != 200:
+                raise EngineError(f"{self.url} answers {response.status}: {response.text[:300]}")
             return [str(entry["id"]) for entry in response.json()["data"]]
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (*FAILED, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"no OpenAI API answers at {self.url} ({error or type(error).__name__})") from error
 
     async def _room(self, name: str, prompt: str, num_ctx: int) -> int:
@@ -126,8 +123,8 @@ class OpenAIEngine:
         Where there is no /tokenize (vLLM, SGLang and llama-server have one) the server's own limit is all there is.
         """
         texts = {"prompt": prompt, "add_special_tokens": True} | {"content": prompt, "add_special": True, "parse_special": True}
-        response = await self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json={"model": name, **texts})
-        if response.status_code != 200:
+        response = await self._http.ask("POST", f"{self.url.removesuffix('/v1')}/tokenize", {"model": name, **texts})
+        if response.status != 200:
             return num_ctx
         try:
             num_tokens = len(response.json()["tokens"])

@@ -221,17 +221,15 @@ async def test_a_model_that_went_away_is_not_ready(release: Release) -> None:
         server.replies["/v1/models"] = (200, json.dumps({"data": []}))
         status = await engine.status(MODEL)
     assert not status.ready and "no longer has" in status.detail
-    status = await engine_at(free_port()).status(MODEL)
+    status = await OpenAIEngine("http://127.0.0.1:1/v1", slots=1).status(MODEL)
     assert not status.ready
 
 
-def engine_at(port: int) -> OpenAIEngine:
-    return OpenAIEngine(f"http://127.0.0.1:{port}/v1", slots=1)
-
-
 async def test_nobody_there_is_one_clear_line_before_the_start() -> None:
+    engine = OpenAIEngine(f"http://127.0.0.1:{free_port()}/v1", slots=1)
     with pytest.raises(SetupError, match=r"no OpenAI API answers at .*: start it, name another place with --openai-url"):
-        await engine_at(free_port()).check()
+        await engine.check()
+    await engine.close()
 
 
 @pytest.mark.parametrize("models", [(401, "no key"), (200, "<html>"), (200, "[]")])

@@ -24,7 +24,7 @@ from server.errors import ReleaseError
 from server.manifest import Release
 from server.release import cli
 from server.release.loader import Host, Loader
-from server.release.state import State
+from server.release.state import State, Wanted
 from server.settings import Settings
 from tests.server.real import ROOT, clean_environment
 from tests.server.scripted import ScriptedEngine, until
@@ -67,6 +67,12 @@ class Shop:
         await loader.load(source)
         assert not cast("EmbeddedEngine", loader._host).child_alive, "a loader that watches must not keep a second model in memory"
         await loader._host.close()
+
+    async def rollback(self) -> Wanted:
+        loader = self.loader()
+        wanted = await loader.rollback()
+        await loader._host.close()
+        return wanted
 
     def wanted(self) -> tuple[str, str]:
         wanted = self.state.read()
@@ -284,7 +290,7 @@ async def test_an_archive_is_kept_unpacked_while_it_may_be_served_and_no_longer(
     assert [path.name for path in unpacked.iterdir()] == [SECOND]
     packed.unlink()
     await shop.load(shop.add(THIRD))
-    await shop.loader().rollback()
+    await shop.rollback()
     assert shop.wanted() == (SECOND, THIRD), "a rollback needs no archive any more"
     for name in ("fourth-0123456789ab", "fifth-0123456789ab"):
         await shop.load(shop.add(name))
@@ -370,7 +376,7 @@ async def test_watch_loads_what_becomes_current_but_not_what_a_rollback_left(sho
         await until(lambda: any("schema_version is 9" in line for line in shop.said), 60)
         point(current, shop.add(THIRD))
         await until(lambda: shop.wanted() == (THIRD, SECOND), 60)
-        assert (await shop.loader().rollback()).rolled_back == THIRD
+        assert (await shop.rollback()).rolled_back == THIRD
         os.utime(shop.releases / THIRD / "manifest.json")
         await asyncio.sleep(0.5)
         assert shop.wanted() == (SECOND, THIRD)
