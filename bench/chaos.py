@@ -39,6 +39,7 @@ TIMEOUTS_S = {"queue": 15, "first-token": 20, "stall": 8, "total": 30}
 """Short, so that a frozen engine meets them."""
 RECOVER_S = 90.0
 """From the last trouble to an answer: what is under way may take its time-outs, and the model must be read again."""
+PATIENCE_S = 20.0
 GROWTH_BYTES = 32 << 20
 BUGS = re.compile(r"Traceback|a bug:|never retrieved|made a mistake|was destroyed")
 
@@ -240,7 +241,7 @@ class Trouble:
         bag: list[str] = []
         began = time.monotonic()
         while (left_s := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left_s, self._dice.uniform(1, 9)))
+            await self._pause(left_s, crowd)
             bag = bag or self._dice.sample([*kinds, "switch", "kill_runner"], len(kinds) + 2)  # each of them early on
             kind = bag.pop()
             self.events[kind] += 1
@@ -248,6 +249,15 @@ class Trouble:
             await kinds[kind]()
         if self._loading:
             await self._loading
+
+    async def _pause(self, left_s: float, crowd: Crowd) -> None:
+        """Half of them end before the engine may have come back from the last event; the others let it answer first, within reason."""
+        until, heard = time.monotonic() + left_s, crowd.outcomes["answered"] + 2
+        await asyncio.sleep(min(left_s, self._dice.uniform(0.5, 8)))
+        if self._dice.random() < 0.5:
+            until = min(until, time.monotonic() + PATIENCE_S)
+            while crowd.outcomes["answered"] < heard and time.monotonic() < until:  # noqa: ASYNC110  # answers and a clock
+                await asyncio.sleep(0.05)
 
     async def _kill_runner(self) -> None:
         for pid in self._engine.runners():

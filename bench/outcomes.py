@@ -124,16 +124,14 @@ def _of_error(status: int, headers: Mapping[str, str], tree: Mapping[str, Any], 
 def _of_answer(text: Any, reason: Any, usage: Any, question: Question | None) -> Outcome:
     if question is None:
         return Outcome("unaccounted", "an answer to what cannot be asked")
-    if reason not in ("stop", "length"):
-        return Outcome("unaccounted", "an answer without a finish_reason")
-    if not isinstance(text, str) or not text:
-        return Outcome("unaccounted", "an empty answer")
-    if (text != question.says) if question.stops else not question.says.startswith(text):
-        return Outcome("unaccounted", f"the wrong words: {text[-60:]!r}")
-    if reason != ("stop" if question.stops else "length"):
-        return Outcome("unaccounted", f"an answer that ends by {reason}")
     wanted = question.body["max_tokens"]
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if not question.stops and counted != wanted:
-        return Outcome("unaccounted", f"{counted} tokens where {wanted} were asked for")
-    return Outcome("answered", reason)
+    wrong = {
+        "an answer without a finish_reason": reason not in ("stop", "length"),
+        "an empty answer": not isinstance(text, str) or not text,
+        f"the wrong words: {str(text)[-60:]!r}": text != question.says if question.stops else not question.says.startswith(str(text)),
+        f"an answer that ends by {reason}": reason != ("stop" if question.stops else "length"),
+        f"{counted} tokens where {wanted} were asked for": not question.stops and counted != wanted,
+    }
+    why = next((why for why, so in wrong.items() if so), "")
+    return Outcome("unaccounted", why) if why else Outcome("answered", reason)
