@@ -1,6 +1,6 @@
 """What must hold for long, under kills at random moments.
 
-    python -m bench.soak --case train_kills --trials 100          # resumable: counts go on where they stopped
+    python -m bench.soak --case train_kills --trials 500          # resumable: counts go on where they stopped
     python -m bench.soak --case export_kills --seconds 60 --at-least 5
     python -m bench.soak --case gateway_chaos --seconds 900       # likewise; needs an Ollama (TRINITY_OLLAMA or PATH)
 
@@ -14,30 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import chaos, rows
-from trainer import artifacts, pipeline
+from bench import chaos, kills, rows
+from trainer import artifacts
 from trainer.config import Config, load
-from trainer.errors import ArtifactError
 
-CASES = {"train_kills": "train", "export_kills": "export"}
+TRAINS = "train_kills"
+CASES = (TRAINS, "export_kills")
 
 
 class Tally(NamedTuple):
-    trials: int
-    torn: int
-    failed: int
+    trials: int = 0
+    torn: int = 0
+    lost: int = 0
+    failed: int = 0
     """Runs after a kill that did not finish by themselves."""
 
 
@@ -80,83 +78,41 @@ def _chaos(options: argparse.Namespace) -> int:
 
 
 def _kills(options: argparse.Namespace) -> int:
-    _import_heavy()
+    kills.import_heavy()
+    kill = kills.kill_trains if options.case == TRAINS else kill_exports
     seconds = float("inf") if options.seconds is None else options.seconds
-    tally = kill_repeatedly(options.case, options.dir / options.case, options.trials, seconds, options.at_least)
-    print(f"{options.case}: {tally.trials} kills, {tally.torn} torn, {tally.failed} failed")
+    tally = kill(options.dir / options.case, options.trials, seconds, options.at_least)
+    found = tally._asdict()
+    print(f"{options.case}: {', '.join(f'{number} {name}' for name, number in found.items())}")
     if options.record:
-        rows.append("soak", who="ours", work={"case": options.case, "preset": "tiny"}, metrics={**tally._asdict(), "lost": 0})
-    return 0 if tally.torn == tally.failed == 0 and tally.trials >= options.at_least else 1
+        rows.append("soak", who="ours", work={"case": options.case, "preset": "tiny"}, metrics=found)
+    return 0 if tally.torn == tally.lost == tally.failed == 0 and tally.trials >= options.at_least else 1
 
 
-def kill_repeatedly(case: str, directory: Path, trials: int, seconds: float, at_least: int) -> Tally:
-    """Kill `trials` runs of the case's stage, or as many as fit into `seconds` (but at least `at_least`)."""
-    stage = CASES[case]
+def kill_exports(directory: Path, trials: int, seconds: float, at_least: int) -> Tally:
+    """Kill `trials` exports, or as many as fit into `seconds` (but at least `at_least`)."""
     state = directory / "tally.json"
-    tally = Tally(**json.loads(state.read_text())) if state.is_file() else Tally(0, 0, 0)
+    tally = Tally(**json.loads(state.read_text())) if state.is_file() else Tally()
     dice = random.Random(tally.trials)
-    _in_fork(partial(_run, _config(directory, stage, -1), stage), None)  # fills the cache, so that the next one takes the time of any
-    _, undisturbed_s = _in_fork(partial(_run, _config(directory, stage, -6), stage), None)
-    print(f"{case}: an undisturbed run takes {undisturbed_s:.1f} s", flush=True)
+    kills.in_fork(partial(kills.run, _config(directory, -1), "export"), None)  # fills the cache, so that the next takes the time of any
+    _, undisturbed_s = kills.in_fork(partial(kills.run, _config(directory, -6), "export"), None)
+    print(f"export_kills: an undisturbed run takes {undisturbed_s:.1f} s", flush=True)
     started, done = time.monotonic(), 0
     while tally.trials < trials and (done < at_least or time.monotonic() - started < seconds):
-        cfg = _config(directory, stage, tally.trials)
-        _in_fork(partial(_run, cfg, stage), dice.uniform(0.05, 1.0) * undisturbed_s)
-        torn = not _whole_or_absent(cfg, stage)
-        code, _ = _in_fork(partial(_run, cfg, stage), None) if done % 5 == 4 else (0, 0.0)
-        tally = Tally(tally.trials + 1, tally.torn + torn, tally.failed + (code != 0))
+        cfg = _config(directory, tally.trials)
+        kills.in_fork(partial(kills.run, cfg, "export"), dice.uniform(0.05, 1.0) * undisturbed_s)
+        torn = not kills.whole_or_absent(cfg, "export")
+        code, _ = kills.in_fork(partial(kills.run, cfg, "export"), None) if done % 5 == 4 else (0, 0.0)
+        tally = tally._replace(trials=tally.trials + 1, torn=tally.torn + torn, failed=tally.failed + (code != 0))
         artifacts.write_whole(state, json.dumps(tally._asdict()).encode())
         done += 1
-        print(f"{case} {tally.trials}: {'TORN' if torn else 'whole or absent'}", flush=True)
+        print(f"export_kills {tally.trials}: {'TORN' if torn else 'whole or absent'}", flush=True)
     return tally
 
 
-def _config(directory: Path, stage: str, trial: int) -> Config:
-    """Every trial has a key of its own in the stage that is killed, so that it has work to do."""
-    change = {"train": f"train.seed={1000 + trial // 5}", "export": f"export.sampling.num_predict={1000 + trial}"}[stage]
-    return load("tiny", [change, f"paths.output={directory}", f"paths.cache={directory / 'cache'}"])
-
-
-def _run(cfg: Config, stage: str) -> None:
-    pipeline.run(cfg, stage, None)
-
-
-def _whole_or_absent(cfg: Config, stage: str) -> bool:
-    """Reads every stage's directory as the next command would, without any memory of hashes."""
-    with artifacts.lock(cfg.run_dir):
-        artifacts.recover(cfg.run_dir)
-        hashes = artifacts.Hashes(cfg.run_dir / "no-memo.json")
-        try:
-            for item in pipeline.order(stage):
-                artifacts.read(cfg.run_dir / item.name, item.facts, hashes)
-        except ArtifactError as error:
-            print(error, file=sys.stderr)
-            return False
-    return True
-
-
-def _in_fork(work: Callable[[], None], kill_after_s: float | None) -> tuple[int, float]:
-    """Run `work` in a fork; kill it after a while, or wait. Returns its exit code (negative: signal) and the time it took."""
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), time.monotonic() - started
-
-
-def _import_heavy() -> None:
-    for name in ("torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"):
-        __import__(name)
+def _config(directory: Path, trial: int) -> Config:
+    """Every trial has a key of its own, so that it has work to do."""
+    return load("tiny", [f"export.sampling.num_predict={1000 + trial}", f"paths.output={directory}", f"paths.cache={directory / 'cache'}"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import IO, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer import artifacts, progress
+from trainer import artifacts, cache, progress
 from trainer.errors import MachineError
 from trainer.training import checkpoints
 from trainer.training.checkpoints import RESTORING, Origin
@@ -116,19 +116,13 @@ class Mirror:
     def _newest_whole(self) -> Slot | None:
         """The slot that must not be overwritten. Its bytes are read once in a process: a record alone may outlive its slot."""
         if not self._looked:
-            self._last = next((slot for slot in self._newest_first() if self._sha256(slot) == slot.record.sha256), None)
+            self._last = next((slot for slot in self._newest_first() if is_whole(self._directory, slot.name)), None)
             self._looked = True
         return self._last
 
     def _newest_first(self) -> list[Slot]:
-        found = [Slot(name, record) for name in SLOTS if (record := self._record(name))]
+        found = [Slot(name, record) for name in SLOTS if (record := _record(self._directory, name))]
         return sorted(found, key=lambda slot: -slot.record.count)
-
-    def _record(self, name: str) -> Record | None:
-        try:
-            return Record.model_validate_json(self._json(name).read_bytes())
-        except (OSError, ValidationError):
-            return None
 
     def _put_record(self, name: str, text: bytes) -> None:
         assert len(text) <= RECORD_BYTES
@@ -137,13 +131,6 @@ class Mirror:
             file.truncate(RECORD_BYTES)
             file.flush()
             os.fsync(file.fileno())
-
-    def _sha256(self, slot: Slot) -> str:
-        try:
-            with self._tar(slot.name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return ""
 
     def _unpack(self, slot: Slot, out: Path) -> bool:
         """Hash first, on the way into a local copy: a Drive is slow and is read once. Then unpack, and move the checkpoint last."""
@@ -188,6 +175,22 @@ class Mirror:
 
     def _json(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def is_whole(directory: Path, name: str) -> bool:
+    """Whether a slot has the bytes that its record names. Reads all of it."""
+    record = _record(directory, name)
+    try:
+        return record is not None and cache.sha256(directory / f"{name}.tar") == record.sha256
+    except OSError:
+        return False
+
+
+def _record(directory: Path, name: str) -> Record | None:
+    try:
+        return Record.model_validate_json((directory / f"{name}.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 class _Hashed:
