@@ -7,17 +7,19 @@ them are known before anything runs: a train that another key would replace is r
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trainer import artifacts, cards, progress, worker
+from trainer import artifacts, cards, holders, oom, progress, worker
 from trainer import facts as stage_facts
 from trainer.artifacts import Artifact, Hashes, Label
 from trainer.config import Config
-from trainer.errors import DataError, MachineError, ModelError, StaleError
-from trainer.facts import Facts, ReleaseFacts
+from trainer.errors import DataError, DoesNotFitError, MachineError, ModelError, OutOfMemoryError, StaleError
+from trainer.facts import Facts, PlanFacts, ReleaseFacts, TrainFacts
+from trainer.watchdog import Watchdog
 
 F = TypeVar("F", bound=Facts)
 
@@ -193,10 +195,81 @@ def _make(
     started = time.monotonic()
     with artifacts.publish(target, label, hashes, resume=stage.name == "train") as draft:
         job = worker.Job(stage=stage.name, config=cfg, inputs={name: artifact.path for name, artifact in done.items()}, out=draft.path)
-        run_job = caller if stage.in_worker and caller else worker.in_process
-        draft.facts = run_job(job, stage.facts)
+        if stage.name == "train" and caller:
+            draft.facts = _train(job, caller)
+        else:
+            run_job = caller if stage.in_worker and caller else worker.in_process
+            draft.facts = run_job(job, stage.facts)
         draft.wall_s = round(time.monotonic() - started, 2)
     progress.say(f"{stage.name}: done in {draft.wall_s:.0f} s")
     artifact: Artifact[Any] | None = artifacts.read(target, stage.facts, hashes)
     assert artifact is not None
     return artifact
+
+
+def _train(job: worker.Job, caller: worker.Caller) -> TrainFacts:
+    """Attempts at a training, each in a child; where memory runs out the next one stands a rung lower and goes on from the last checkpoint.
+
+    Raises:
+        OutOfMemoryError: the last rung failed, or the policy forbids the next one. DoesNotFitError: others hold the card's memory.
+    """
+    attempt = oom.read(job.out)
+    for line in attempt.rungs:
+        progress.say(f"train: given up before: {line}")
+    while True:
+        trying = job.model_copy(update={"config": attempt.in_force(job.config)})
+        watchdog = Watchdog(job.out / "metrics.jsonl", 60 * job.config.oom.stall_minutes)
+        try:
+            facts = caller(trying, TrainFacts, allocator=attempt.allocator, watchdog=watchdog)
+            return facts.model_copy(update={"rungs": attempt.rungs})
+        except OutOfMemoryError as error:
+            progress.say(error.problems[0])
+            attempt = _lower(job, attempt, error, caller)
+
+
+def _lower(job: worker.Job, attempt: oom.Attempt, error: OutOfMemoryError, caller: worker.Caller) -> oom.Attempt:
+    """The next attempt, written beside the checkpoints that it goes on from."""
+    policy = job.config.oom.policy
+    step = oom.climb(job.config, attempt, attempt.allocator or caller.allocator)
+    if job.config.model.device == "cuda":
+        _refuse_holders(holders.on_card(caller.card), quality=step is None or step.rung.quality)
+    if step is None:
+        raise OutOfMemoryError(*error.problems, "nothing is left to give up:", *attempt.rungs, *_planned(job, attempt))
+    if policy == "stop":
+        raise OutOfMemoryError(*error.problems, f'the next rung would be {step.attempt.rungs[-1]} (oom.policy = "stop")')
+    after = step.attempt
+    if tokens := step.settings.get("data.max_tokens"):
+        after = oom.told(step, _affordable(spec("train").module.lost(job, tokens), policy, step))
+    oom.write(job.out, step, after)
+    progress.say(f"train: {'starting anew' if step.rung.anew else 'going on'} with {after.rungs[-1]}")
+    return after
+
+
+def _refuse_holders(others: Sequence[holders.Holder], *, quality: bool) -> None:
+    """What another process holds never costs quality; a desktop's few megabytes may cost speed."""
+    if others and (quality or sum(one.num_bytes for one in others) >= holders.MUCH_BYTES):
+        raise DoesNotFitError(
+            "train: the card's memory ran out while others hold some of it; the last checkpoint is kept:", *map(str, others)
+        )
+
+
+def _affordable(lost: oom.Lost, policy: str, step: oom.Step) -> str:
+    """What the shorter context costs, in words."""
+    too_much = lost.share > oom.MOST_LOST and policy != "lossy"
+    if too_much or lost.num_left_out == lost.num_records:
+        raise OutOfMemoryError(
+            f"train: memory ran out, and {step.change} would cost too much: {lost}",
+            "to accept that: --set oom.policy=lossy; or lower adapter.rank, or take a larger card (python -m trainer plan shows what fits)",
+        )
+    return str(lost)
+
+
+def _planned(job: worker.Job, attempt: oom.Attempt) -> Sequence[str]:
+    """Shows the plan's table of what failed; returns what the plan would change."""
+    with tempfile.TemporaryDirectory(prefix="trinity-") as scratch:
+        plan = worker.Job(stage="plan", config=attempt.in_force(job.config), inputs={}, out=Path(scratch))
+        try:
+            worker.in_process(plan, PlanFacts)
+        except DoesNotFitError as error:
+            return error.problems
+    return ()

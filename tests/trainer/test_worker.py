@@ -12,8 +12,9 @@ import pytest
 
 from trainer import worker
 from trainer.config import load
-from trainer.errors import DoesNotFitError, TrainerError, disk_full
+from trainer.errors import DoesNotFitError, OutOfMemoryError, StoppedError, TrainerError, disk_full
 from trainer.facts import PlanFacts
+from trainer.watchdog import Watchdog
 
 
 def job(out: Path, *settings: str) -> worker.Job:
@@ -77,4 +78,35 @@ def test_a_full_disk_and_a_full_card_are_told_apart_from_bugs(tmp_path: Path) ->
     with pytest.raises(OSError, match="other"):
         worker._told(disk_full(OSError(5, "other")), OSError(5, "other"))
     assert worker.is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert worker.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not worker.is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_torchs_cpu_allocator_speaks_of_the_host_on_a_cards_run_and_of_the_model_on_a_cpus(tmp_path: Path) -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert isinstance(worker._out_of_memory(job(tmp_path / "a"), caught.value), OutOfMemoryError)
+    card = job(tmp_path / "b", "model.device=cuda")
+    assert isinstance(worker._out_of_memory(card, caught.value), StoppedError)
+    assert isinstance(worker._out_of_memory(card, RuntimeError("CUDA out of memory")), OutOfMemoryError)
+
+
+@pytest.mark.parametrize(("kills", "words"), [(1, "by the kernel, as the machine's memory ran out"), (0, "from outside")])
+def test_a_killed_child_says_who_killed_it_as_far_as_anybody_counts(tmp_path: Path, kills: int, words: str) -> None:
+    assert worker.oom_kills() >= 0
+    with pytest.raises(StoppedError, match=words) as caught:
+        worker._facts(job(tmp_path / "a"), PlanFacts, tmp_path / "outcome.json", -signal.SIGKILL, kills)
+    assert "the last checkpoint is kept" in str(caught.value) and caught.value.exit_code == 6
+
+
+def test_a_stuck_child_is_ended_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
+    """A real child that sleeps; the file that a step would write to was written once and never again."""
+    metrics = tmp_path / "metrics.jsonl"
+    watchdog = Watchdog(metrics, 0.1)
+    metrics.touch()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with pytest.raises(StoppedError, match="the last checkpoint kept"):
+        worker._wait(child, watchdog, poll_s=0.2)
+    assert child.returncode is not None

@@ -21,7 +21,7 @@ from trainer import progress
 from trainer.artifacts import Inputs
 from trainer.backends import datasets, hub
 from trainer.config import Config
-from trainer.dataset import clean, formats, pack, records, split, template
+from trainer.dataset import clean, fit, formats, pack, records, split, template
 from trainer.dataset.records import Record
 from trainer.errors import DataError
 from trainer.facts import PrepareFacts
@@ -102,16 +102,14 @@ class Preparing:
                 yield line, messages
 
     def _shorter(self, line: int, messages: Sequence[template.Message], num_tokens: int) -> Record | None:
-        shorter = clean.shorten(messages, lambda some: len(template.encode(self._tokenizer, some)[0]), self._max_tokens)
-        if shorter is None:
+        record = fit.shorter(self._tokenizer, line, messages, self._max_tokens)
+        if record is None:
             self.num_left_out += 1
             self._note(line, "too long", kept=False, tokens=num_tokens)
             return None
-        self._note(line, "shortened", kept=True, tokens=num_tokens, turns_dropped=len(messages) - len(shorter))
-        # The id is of the prompt as it is now: what lost its beginning may have become another record's prompt.
         self.num_shortened += 1
-        ids, spans = template.encode(self._tokenizer, shorter)
-        return Record(records.prompt_id(shorter), line, shorter, ids, spans)
+        self._note(line, "shortened", kept=True, tokens=num_tokens, turns_dropped=len(messages) - len(record.messages))
+        return record
 
     def _note(self, line: int, why: str, *, kept: bool, **figures: int) -> None:
         self._dropped.write(json.dumps({"line": line, "why": why, "kept": kept, **figures}) + "\n")

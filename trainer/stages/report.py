@@ -361,7 +361,7 @@ def _origin(story: Story) -> str:
         "Adapter": f"{kind}, rank {train.rank}, alpha {train.alpha:g}, scale {scale:.4g}",
         "Context of training": f"{train.max_tokens:,} tokens{', packed' if train.packed else ''}",
         "Trained with": f"{train.backend} on {_place(train)}, {_passes(train.accumulation)}",
-        "Given up for memory": ", ".join(train.rungs) or "nothing",
+        "Given up for memory": "; then ".join(train.rungs) or "nothing",
         "Exported": f"{export.quantization}, adapter of step {export.checkpoint_step:,}",
         "Tensors": ", ".join(f"{num:,} {kind}" for kind, num in sorted(export.types.items())),
     }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from trainer import tokenizer
 from trainer.artifacts import Inputs
 from trainer.config import Config
+from trainer.dataset import fit, records
+from trainer.dataset.records import Record
 from trainer.facts import TrainFacts
+from trainer.oom import Lost
 
 VERSION = 3
 
@@ -18,9 +22,26 @@ def sources(cfg: Config) -> Mapping[str, Path]:
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> TrainFacts:
-    from trainer.dataset import records
     from trainer.training import loop
     from trainer.training.batches import examples
 
+    train, valid = _records(inputs, cfg.data.max_tokens)
+    return loop.run(cfg, examples(train), examples(valid), out)
+
+
+def lost(inputs: Inputs, max_tokens: int) -> Lost:
+    """What training at a shorter context than was prepared would lose."""
     prepared = inputs.path("prepare")
-    return loop.run(cfg, examples(records.read(prepared / "train.jsonl")), examples(records.read(prepared / "valid.jsonl")), out)
+    return fit.lost(records.read(prepared / "train.jsonl"), tokenizer.load(prepared / "tokenizer.json"), max_tokens)
+
+
+def _records(inputs: Inputs, max_tokens: int) -> tuple[Iterator[Record], Iterator[Record]]:
+    """Both sides at the context in force; out of memory may have made it shorter than prepare's."""
+    prepared = inputs.path("prepare")
+    reader = tokenizer.load(prepared / "tokenizer.json")
+
+    def side(name: str) -> Iterator[Record]:
+        return fit.fitting(records.read(prepared / name), reader, max_tokens)
+
+    held_out = {record.id for record in side("valid.jsonl")}  # a record that lost its beginning may ask what is held out
+    return (record for record in side("train.jsonl") if record.id not in held_out), side("valid.jsonl")
