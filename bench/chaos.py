@@ -41,6 +41,7 @@ RECOVER_S = 90.0
 """From the last trouble to an answer: what is under way may take its time-outs, and the model must be read again."""
 PATIENCE_S = 20.0
 GROWTH_BYTES = 32 << 20
+BROKEN_OFF = ("in the reply", "just ends")
 BUGS = re.compile(r"Traceback|a bug:|never retrieved|made a mistake|was destroyed")
 
 
@@ -102,11 +103,12 @@ def line(tally: Tally) -> str:
 
 
 def metrics(tally: Tally) -> dict[str, Any]:
-    """A row's. lost: outcomes that fit nowhere; failed: what was wrong at the end of a call."""
+    """A row's. lost: outcomes that fit nowhere; torn: those of them that broke off in the middle; failed: what was wrong at a call's end."""
     kinds: Counts = {kind: tally.outcomes.get(kind, 0) for kind in KINDS}
     return {
         "trials": tally.sent,
         "lost": kinds["unaccounted"],
+        "torn": sum(number for why, number in tally.whys.items() if why.startswith("unaccounted") and why.endswith(BROKEN_OFF)),
         "failed": len(tally.problems),
         **kinds,
         "whys": tally.whys,

@@ -9,12 +9,13 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import chaos, crowd
+from bench import chaos, crowd, soak
 from bench.outcomes import Question, Stream, of_reply
 from server.chat import Delta, Event, Finish, Usage
 from server.errors import EngineError
@@ -191,3 +192,20 @@ def test_counts_of_several_calls_add_up_and_problems_stay() -> None:
 def test_what_proves_nothing_is_a_failure(changes: dict[str, Any], at_least: int, failure: str) -> None:
     assert tally().failures(0) == []
     assert tally(**changes).failures(at_least) == [failure]
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"problems": ["1 slots taken at the end"]}, 1)])
+def test_a_time_that_earlier_calls_have_filled_is_not_run_again(tmp_path: Path, changes: dict[str, Any], code: int) -> None:
+    (tmp_path / chaos.CASE).mkdir()
+    (tmp_path / chaos.CASE / "tally.json").write_text(json.dumps(asdict(tally(seconds=60.5, **changes))), encoding="utf-8")
+    assert soak.main(["--case", chaos.CASE, "--seconds", "60", "--dir", str(tmp_path)]) == code
+
+
+def test_a_row_tells_what_broke_off_from_what_never_came() -> None:
+    whys = {
+        "unaccounted: a stream that just ends": 1,
+        "unaccounted: ReadError in the reply": 2,
+        "unaccounted: TimeoutError before the reply": 4,
+    }
+    found = chaos.metrics(tally(sent=7, outcomes={"unaccounted": 7}, whys=whys))
+    assert (found["trials"], found["lost"], found["torn"], found["failed"]) == (7, 7, 3, 0)
