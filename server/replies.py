@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -96,24 +96,29 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(errors.body(message, row, request.state.request_id), status, getattr(error, "headers", None))
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up (ClientGone). The body must have been read."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnect(receive))
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up (ClientGone). The body must have been read.
+
+    `work` runs in the caller's own task: another one would cost the first token its way through the loop, twice.
+    """
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("the client hung up")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        async with asyncio.timeout(None) as limit:
+            watching = asyncio.create_task(_watch(receive, limit))
+            try:
+                return await work
+            finally:
+                watching.cancel()  # it does nothing any more, so that the block can be left
+    except TimeoutError:
+        if limit.expired():
+            raise ClientGone("the client hung up") from None
+        raise
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _watch(receive: Receive, limit: asyncio.Timeout) -> None:
+    """Let `limit` expire when the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    limit.reschedule(0)
 
 
 Writing = Callable[[], tuple[str, translate.Writer]]
