@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from server import conversation
-from server.chat import Delta, Message, Wishes
+from server.chat import Delta, Finish, Message, Wishes
 from server.engines.ollama import OllamaEngine
 from server.errors import EngineError, SetupError
 from server.manifest import read
@@ -128,3 +128,31 @@ async def test_a_line_of_an_answer_that_is_not_ollama_s_is_an_engine_error(tmp_p
         assert await anext(stream) == Delta("Hi")
         with pytest.raises(EngineError, match=r"says something else|ended the answer"):
             await anext(stream)
+
+
+@pytest.mark.parametrize(("lag_s", "connections"), [(0.0, 1), (0.01, 1), (60.0, 2)])
+async def test_a_second_answer_comes_over_the_first_one_s_connection_unless_that_does_not_end(
+    tmp_path: Path, lag_s: float, connections: int
+) -> None:
+    """`lag_s`: between an answer's last word and the end of its HTTP."""
+    told = json.dumps({"message": {"content": "Hi"}, "done": True, "done_reason": "stop", "prompt_eval_count": 2, "eval_count": 1}) + "\n"
+    writers: list[asyncio.StreamWriter] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        while await reader.read(1 << 16):
+            writer.write(f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(told):x}\r\n{told}\r\n".encode())
+            await asyncio.sleep(lag_s)
+            writer.write(b"0\r\n\r\n")
+
+    request = conversation.request((Message("user", "Hi"),), Wishes(), read(small_release(tmp_path)).manifest.prompt)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    engine = OllamaEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", slots=1)
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            assert [type(event) async for event in engine.chat("model", request)] == [Delta, Finish]
+    await engine.close()
+    server.close()
+    for writer in writers:
+        writer.close()
+    assert len(writers) == connections
