@@ -22,9 +22,10 @@ def sources(cfg: Config) -> Mapping[str, Path]:
 
 
 def run(cfg: Config, inputs: Inputs, out: Path) -> TrainFacts:
-    from trainer.training import loop
+    from trainer.training import loop, room
     from trainer.training.batches import examples
 
+    room.require(cfg)
     train, valid = _records(inputs, cfg.data.max_tokens)
     return loop.run(cfg, examples(train), examples(valid), out)
 
