@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -102,9 +103,11 @@ def one_run(directory: Path, tally: Tally, undisturbed_s: float, expected: Resul
             shutil.rmtree(cfg.run_dir / "train.partial")
             tally = tally._replace(vanished=tally.vanished + 1)
     code, _ = in_fork(partial(run, cfg, "train"), None)
-    equal = code == 0 and read(cfg.run_dir / "train") == expected
+    found = read(cfg.run_dir / "train") if code == 0 else Result({}, {})
+    equal = code == 0 and found == expected
     if not equal:
-        print(f"train_kills: run {tally.runs} ended with {code}, and not with the same bits", file=sys.stderr)
+        same = [name for name, one, other in zip(Result._fields, found, expected, strict=True) if one == other]
+        print(f"train_kills: run {tally.runs} ended with {code}; equal are {same}, wanted all three", file=sys.stderr)
     return tally._replace(runs=tally.runs + 1, failed=tally.failed + (not equal))
 
 
@@ -197,6 +200,9 @@ def in_fork(work: Callable[[], None], kill_after_s: float | None) -> tuple[int, 
             work()
             code = 0
         finally:
+            if code:
+                traceback.print_exc()  # else _exit would swallow it
+            sys.stderr.flush()
             os._exit(code)
     if kill_after_s is not None:
         time.sleep(kill_after_s)

@@ -268,6 +268,8 @@ def _stages(cfg: Config, found: Found) -> list[str]:
     lines.append(f"  {'in all':<12}{'':>20}{gb(total):>12}, the download may go once the NF4 state is there; {gb(free)} are free here")
     if free < total - found.disk["download"]:
         lines.append("warning: that is too little here: make room, or take other disks: --set paths.output=DIR --set paths.cache=DIR")
+    if cfg.checkpoint.mirror:
+        lines.append(f"the mirror in {cfg.checkpoint.mirror}: {gb(host.mirror_bytes(cfg, model_size(cfg.model)))}, two slots")
     return lines
 
 

@@ -195,3 +195,10 @@ def test_every_size_is_planned_for(name: str, fits: bool, tmp_path: Path) -> Non
     with pytest.raises(DoesNotFitError, match="does not fit"):
         run(cfg, tmp_path)
     assert json.loads((tmp_path / "plan.json").read_text())["headroom_bytes"] < 0
+
+
+def test_the_mirrors_size_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(load("gemma3-12b-t4"), tmp_path)
+    assert "the mirror" not in capsys.readouterr().out
+    run(load("gemma3-12b-t4", ["checkpoint.mirror=/content/drive/MyDrive/trinity"]), tmp_path)
+    assert "the mirror in /content/drive/MyDrive/trinity: 5." in capsys.readouterr().out
