@@ -231,3 +231,17 @@ def test_packing_is_refused_where_the_attention_looks_across_boundaries(tiny_con
     model.get_base_model().model.register_forward_pre_hook(blind, with_kwargs=True)
     with pytest.raises(ConfigError, match=r"pack\.enabled"):
         models.require_boundaries(model, (first, second))
+
+
+def test_a_shorter_context_and_one_row_a_pass_go_on_from_the_same_checkpoint(tiny_config: Make, tiny_inputs: Any, tmp_path: Path) -> None:
+    """What the ladder does where memory runs out: progress stays, a step still sees as many tokens, and what is too long is cut or left."""
+    before = tiny_config("train.max_steps=8", "train.tokens_per_step=512")
+    killed(before, tiny_inputs, tmp_path)
+    prepared = [len(record.ids) for record in read(tiny_inputs.path("prepare") / "train.jsonl")]
+    lowered = tiny_config("train.max_steps=8", "train.tokens_per_step=512", "train.batch_records=1", f"data.max_tokens={max(prepared) - 1}")
+    assert train.lost(tiny_inputs, max(prepared) - 1).num_left_out == sum(length == max(prepared) for length in prepared)
+    facts = train.run(lowered, tiny_inputs, tmp_path)
+    assert facts.steps == 8 and [point.step for point in facts.train_loss] == list(range(1, 9)), "the first three are the first run's"
+    assert facts.max_tokens == max(prepared) - 1
+    kept = [length for length in prepared if length < max(prepared)]
+    assert facts.accumulation * sum(kept) / len(kept) == pytest.approx(512, rel=0.1), "tokens of a step that no epoch's end cuts short"
