@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from trainer import pipeline, progress, worker
 from trainer.config import Config, load, presets
-from trainer.errors import Interrupted, TrainerError, disk_full
+from trainer.errors import Interrupted, TrainerError, disk_full, read_only
 from trainer.training import card
 
 
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     except TrainerError as error:
         return _told(error)
     except OSError as error:
-        full = disk_full(error)
-        if full is None:
+        known = disk_full(error) or read_only(error)
+        if known is None:
             raise
-        return _told(full)
+        return _told(known)
     except KeyboardInterrupt:
         print("trainer: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return Interrupted.exit_code

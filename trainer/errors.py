@@ -97,3 +97,13 @@ def disk_full(error: OSError | RuntimeError) -> MachineError | None:
         return None
     where = getattr(error, "filename", None) or "a disk under paths.output, paths.cache or the temporary directory"
     return MachineError(f"no space left on {where}; what was published before is whole. Free some room and run the same command again")
+
+
+def read_only(error: OSError) -> MachineError | None:
+    """What to tell the person when a place cannot be written at all; None for any other error."""
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return None
+    return MachineError(
+        f"{error.filename or 'paths.output or paths.cache'} cannot be written ({error.strerror}); "
+        "name places that can: --set paths.output=DIR --set paths.cache=DIR"
+    )
