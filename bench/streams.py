@@ -59,7 +59,9 @@ class Client:
             body |= {"max_tokens": tokens, "temperature": 0}
         else:
             path = "/api/chat"
-            body |= {"model": self._model, "options": {"num_predict": tokens, "temperature": 0}, "truncate": False, "keep_alive": -1}
+            # as the gateway asks: llama-server is started anew when `shift` changes
+            same = {"truncate": False, "shift": False, "keep_alive": -1}
+            body |= {"model": self._model, "options": {"num_predict": tokens, "temperature": 0}, **same}
         content = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {self._at.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
