@@ -6,8 +6,9 @@
     python -m bench.gateway --case streams    # 2,000 answers at the same time, for --seconds
     python -m bench.gateway --case release_switch --seconds 300    # 8 clients, 3 releases, 1 rollback; --engine ollama or embedded
 
-added, fixed: pairs of the same question, directly and through the gateway in turns, over connections that stay open; added_ttft is
-the percentile of through minus direct, pair by pair. relative_tokens_per_s: through over direct, the medians of rounds in turns.
+added, fixed: rounds of the same question, directly, through the gateway and through a relay on FastAPI that does nothing else
+(bench.bare_relay), in random order, over connections that stay open; added_ttft is the percentile of through minus direct, round by
+round. relative_tokens_per_s: through over direct, the medians of rounds in turns.
 relay: events_per_cpu_s divides by the processor time of the gateway's, or nginx's, processes. streams: lost_streams are those with a
 token too few or out of order; memory is the gateway's resident set after a tenth of the time and at the end. release_switch:
 failed_requests are all that were not answered whole; nobody tries again.
@@ -19,6 +20,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -30,6 +32,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import fastapi
 
 from bench import rows, switching
 from bench.fake_ollama import MAX_CLIENTS
@@ -81,7 +85,8 @@ def added(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measure
     url = real_ollama(folder / "home", undo)
     gateway = undo.enter_context(gateway_of(url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
     direct = Way(url, "ollama", release.model)
-    yield "ours", {"engine": "ollama", "clients": 1, "pairs": options.pairs}, asyncio.run(pairs(direct, gateway.way, options.pairs, 1))
+    bare = Way(undo.enter_context(bare_relay(url)), "ollama", release.model)
+    yield from each(direct, (gateway.way, bare), {"engine": "ollama"}, options.pairs, 1)
     for clients in (1, 4):
         yield "ours", {"engine": "ollama", "clients": clients}, asyncio.run(throughput(direct, gateway.way, clients))
 
@@ -90,7 +95,8 @@ def fixed(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measure
     url = undo.enter_context(fake("--first-s", str(FIXED_S)))
     gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=4))
     direct = Way(url, "ollama", gateway.model)
-    yield "ours", {"engine": "fake", "clients": 1, "pairs": options.pairs}, asyncio.run(pairs(direct, gateway.way, options.pairs, 4))
+    bare = Way(undo.enter_context(bare_relay(url)), "ollama", gateway.model)
+    yield from each(direct, (gateway.way, bare), {"engine": "fake"}, options.pairs, 4)
 
 
 def relay(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
@@ -138,21 +144,31 @@ CASES: dict[str, Callable[[argparse.Namespace, Path, ExitStack], Measured]] = {
 }
 
 
-async def pairs(direct: Way, through: Way, num: int, tokens: int) -> dict[str, Any]:
-    clients = direct.client(), through.client()
-    found: list[list[float]] = [[], []]
-    for pair in range(num + 20):
-        order = (0, 1) if pair % 2 else (1, 0)
-        for which in order:
+def each(direct: Way, through: tuple[Way, Way], work: dict[str, Any], num: int, tokens: int) -> Measured:
+    """A row for the gateway, and one for the bare relay: what is left of the difference when nothing is done."""
+    seen = asyncio.run(pairs(direct, through, num, tokens))
+    for who, metrics in zip(("ours", f"bare relay, fastapi {fastapi.__version__}"), seen, strict=True):
+        yield who, {**work, "clients": 1, "pairs": num}, metrics
+
+
+async def pairs(direct: Way, through: Sequence[Way], num: int, tokens: int) -> list[dict[str, Any]]:
+    """Rounds of one question each way, in another order each time; the first 20 warm up."""
+    clients = [way.client() for way in (direct, *through)]
+    found: list[list[float]] = [[] for _ in clients]
+    for _ in range(num + 20):
+        for which in random.sample(range(len(clients)), len(clients)):
             seen = await clients[which].ask(PROMPT, tokens)
             if not seen.ended or not seen.tokens:
                 raise SystemExit(f"bench.gateway: an answer came to no end: {seen}")
             found[which].append(seen.first_s)
     for client in clients:
         await client.close()
-    gaps = [gateway - engine for engine, gateway in zip(found[0][20:], found[1][20:], strict=True)]
-    at = statistics.quantiles(gaps, n=100)
-    return {"added_ttft_p50_s": at[49], "added_ttft_p99_s": at[98], "direct_ttft_p50_s": statistics.median(found[0][20:])}
+    engine = found[0][20:]
+    metrics = []
+    for way in found[1:]:
+        at = statistics.quantiles([through_s - direct_s for direct_s, through_s in zip(engine, way[20:], strict=True)], n=100)
+        metrics.append({"added_ttft_p50_s": at[49], "added_ttft_p99_s": at[98], "direct_ttft_p50_s": statistics.median(engine)})
+    return metrics
 
 
 async def throughput(direct: Way, through: Way, clients: int, rounds: int = 9, tokens: int = 24) -> dict[str, Any]:
@@ -247,6 +263,18 @@ def fake(*flags: str) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.fake_ollama", *flags], cwd=rows.ROOT, stdout=subprocess.PIPE, text=True, env=clean_environment()
     )
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def bare_relay(engine_url: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "bench.bare_relay", "--engine-url", engine_url]
+    process = subprocess.Popen(command, cwd=rows.ROOT, stdout=subprocess.PIPE, text=True, env=clean_environment())
     try:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
