@@ -125,7 +125,7 @@ class Caller:
                 _wait(child, watchdog)
             except KeyboardInterrupt:
                 _end(child)
-                raise Interrupted(_how_to_go_on(job)) from None
+                raise interrupted(job, Path(scratch) / "outcome.json") from None
             killed = oom_kills() - killed_before
             return _facts(job, kind, Path(scratch) / "outcome.json", child.returncode, killed)
 
@@ -159,9 +159,21 @@ def _facts(job: Job, kind: type[F], report: Path, returncode: int, killed: int) 
         raise RuntimeError(f"the worker of {job.stage} ended with code {returncode} and no outcome; its own words stand above")
     outcome = Outcome.model_validate_json(report.read_bytes())
     if outcome.status == "failed":
-        error: TrainerError = getattr(trainer.errors, outcome.error)(*outcome.problems)
-        raise error
+        raise _leaf(outcome)
     return kind.model_validate(outcome.facts)
+
+
+def interrupted(job: Job, report: Path) -> TrainerError:
+    """How a child ended that was asked to: its own error where it had one, say that the last checkpoint found no room."""
+    outcome = Outcome.model_validate_json(report.read_bytes()) if report.is_file() else Outcome(status="done")
+    if outcome.status == "failed" and outcome.error != Interrupted.__name__:
+        return _leaf(outcome)
+    return Interrupted(_how_to_go_on(job))
+
+
+def _leaf(outcome: Outcome) -> TrainerError:
+    error: TrainerError = getattr(trainer.errors, outcome.error)(*outcome.problems)
+    return error
 
 
 def _how_to_go_on(job: Job) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from trainer import worker
 from trainer.config import load
-from trainer.errors import DoesNotFitError, OutOfMemoryError, StoppedError, TrainerError, disk_full
+from trainer.errors import DoesNotFitError, Interrupted, MachineError, OutOfMemoryError, StoppedError, TrainerError, disk_full
 from trainer.facts import PlanFacts
 from trainer.watchdog import Watchdog
 
@@ -110,3 +110,23 @@ def test_a_stuck_child_is_ended_and_the_message_says_how_to_go_on(tmp_path: Path
     with pytest.raises(StoppedError, match="the last checkpoint kept"):
         worker._wait(child, watchdog, poll_s=0.2)
     assert child.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind"),
+    [
+        (worker.Outcome(status="failed", error="MachineError", problems=["no room for a checkpoint"]), MachineError),
+        (worker.Outcome(status="failed", error="Interrupted", problems=["after step 3"]), Interrupted),
+        (worker.Outcome(status="done"), Interrupted),
+        (None, Interrupted),
+    ],
+)
+def test_a_child_that_was_interrupted_and_could_not_save_says_so(
+    tmp_path: Path, outcome: worker.Outcome | None, kind: type[TrainerError]
+) -> None:
+    report = tmp_path / "outcome.json"
+    if outcome:
+        report.write_text(outcome.model_dump_json(), encoding="utf-8")
+    error = worker.interrupted(job(tmp_path / "a"), report)
+    assert type(error) is kind
+    assert ("no room" in str(error)) is (kind is MachineError)
