@@ -213,6 +213,7 @@ def _train(job: worker.Job, caller: worker.Caller) -> TrainFacts:
     Raises:
         OutOfMemoryError: the last rung failed, or the policy forbids the next one. DoesNotFitError: others hold the card's memory.
     """
+    spec("train").module.recall(job.config, job.out)
     attempt = oom.read(job.out)
     for line in attempt.rungs:
         progress.say(f"train: given up before: {line}")

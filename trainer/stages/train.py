@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from trainer import tokenizer
+from trainer import artifacts, tokenizer
 from trainer.artifacts import Inputs
 from trainer.config import Config
 from trainer.dataset import fit, records
 from trainer.dataset.records import Record
 from trainer.facts import TrainFacts
-from trainer.oom import Lost
+from trainer.oom import ATTEMPT, Lost
 
 VERSION = 3
 
@@ -28,6 +28,21 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> TrainFacts:
     room.require(cfg)
     train, valid = _records(inputs, cfg.data.max_tokens)
     return loop.run(cfg, examples(train), examples(valid), out)
+
+
+def recall(cfg: Config, out: Path) -> None:
+    """On a fresh machine: what the mirrored training had given up for want of memory, before it is restored and goes on so.
+
+    out: where the training is made, whose key is known already.
+    """
+    label = artifacts.draft_label(out.with_suffix(""))
+    if cfg.checkpoint.mirror is None or label is None or (out / "checkpoints").is_dir():
+        return
+    from trainer.training import mirror
+
+    attempt = mirror.companion(cfg.checkpoint.mirror / cfg.run.name, label.key, ATTEMPT)
+    if attempt is not None:
+        artifacts.write_whole(out / ATTEMPT, attempt)
 
 
 def lost(inputs: Inputs, max_tokens: int) -> Lost:

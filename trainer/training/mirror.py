@@ -177,6 +177,22 @@ class Mirror:
         return self._directory / f"{name}.json"
 
 
+def companion(directory: Path, key: str, name: str) -> bytes | None:
+    """One small file of the newest slot that a training of this key wrote, before that slot is restored; None where there is none.
+
+    Reads that file alone and not the slot's hash, so it may only say how to go on and never what was trained.
+    """
+    found = [(record.count, slot) for slot in SLOTS if (record := _record(directory, slot)) and record.origin.key == key]
+    if not found:
+        return None
+    try:
+        with tarfile.open(directory / f"{max(found)[1]}.tar", mode="r:") as tar:
+            file = tar.extractfile(name)
+            return file.read() if file else None
+    except (OSError, KeyError, tarfile.TarError):
+        return None
+
+
 def is_whole(directory: Path, name: str) -> bool:
     """Whether a slot has the bytes that its record names. Reads all of it."""
     record = _record(directory, name)
