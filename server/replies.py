@@ -108,9 +108,9 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
                 return await work
             finally:
                 watching.cancel()  # it does nothing any more, so that the block can be left
-    except TimeoutError:
+    except Exception as error:
         if limit.expired():
-            raise ClientGone("the client hung up") from None
+            raise ClientGone("the client hung up") from error
         raise
 
 

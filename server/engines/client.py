@@ -16,6 +16,8 @@ FAILED = (aiohttp.ClientError, TimeoutError)
 """What a call raises that got no whole reply."""
 CONNECT_S = 5.0
 """For connecting alone, which may not hang: all other time-outs belong to admission, or to who asks."""
+ASK_S = 600.0
+"""For a whole reply: aiohttp waits for ever where a chunk of it is malformed. A prompt of a 12B on a CPU takes minutes."""
 END_S = 0.1
 """How long a stream's end may lag behind its last word, before a new connection is the better deal."""
 
@@ -43,18 +45,30 @@ class Http:
         *,
         content: AsyncIterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
+        timeout_s: float = ASK_S,
     ) -> Reply:
-        """A whole reply of any status, to `tree` as JSON or to `content` with headers of its own. Raises one of FAILED."""
+        """A whole reply of any status, to `tree` as JSON or to `content`, which may take any time, with headers of its own.
+
+        Raises one of FAILED.
+        """
         body: dict[str, Any] = {"data": content, "headers": headers} if tree is None else _json(tree, headers)
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
+        timeout = aiohttp.ClientTimeout(total=None if content else timeout_s, sock_connect=CONNECT_S)
         async with self._session.request(method, url, timeout=timeout, allow_redirects=False, **body) as response:
             return Reply(response.status, await text_of(response))
 
     @asynccontextmanager
     async def stream(self, url: str, tree: Any, headers: Mapping[str, str] | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
         """A POST's reply, of which only the head was read; leaving it before its end hangs up. It and its reading raise one of FAILED."""
-        async with self._session.post(url, allow_redirects=False, **_json(tree, headers)) as response:
+        try:
+            response = await self._session.post(url, allow_redirects=False, **_json(tree, headers))
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not self._keep_alive:
+                raise
+            # a kept connection that the other side closed as the request was under way: nothing of a reply had come
+            response = await self._session.post(url, allow_redirects=False, **_json(tree, headers))
+        async with response:
             yield response
 
     async def close(self) -> None:

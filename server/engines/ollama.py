@@ -103,11 +103,14 @@ class OllamaEngine:
                     raise _failure(await text_of(response), response.status)
                 async for line in lines(response.content.iter_any()):
                     for event in _events(line):
-                        if isinstance(event, Finish):
-                            await let_end(response)
+                        if not isinstance(event, Finish):
                             yield event
-                            return
-                        yield event
+                            continue
+                        try:
+                            yield event  # first: a whole answer stays one, however late its stream's end
+                        finally:
+                            await let_end(response)
+                        return
         except FAILED as error:
             raise EngineError(f"Ollama at {self.url} broke off or is not there: {error or type(error).__name__}") from error
         raise EngineError("Ollama's answer ended without its end")

@@ -156,3 +156,32 @@ async def test_a_second_answer_comes_over_the_first_one_s_connection_unless_that
     for writer in writers:
         writer.close()
     assert len(writers) == connections
+
+
+async def test_a_kept_connection_that_is_closed_under_a_request_costs_no_answer(tmp_path: Path) -> None:
+    """As a proxy in between does, whose idle connections end: the request goes out once more, over a new one, and only once."""
+    told = json.dumps({"message": {"content": "Hi"}, "done": True, "done_reason": "stop", "prompt_eval_count": 2, "eval_count": 1}) + "\n"
+    requests: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Of each connection the first request is answered and the second one is not; the fourth request of all never is."""
+        for number in range(2):
+            if not await reader.read(1 << 16):
+                break
+            requests.append(number)
+            if number == 1 or len(requests) >= 4:
+                break
+            writer.write(f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(told):x}\r\n{told}\r\n0\r\n\r\n".encode())
+        writer.close()
+
+    request = conversation.request((Message("user", "Hi"),), Wishes(), read(small_release(tmp_path)).manifest.prompt)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    engine = OllamaEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", slots=1)
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            assert [type(event) async for event in engine.chat("model", request)] == [Delta, Finish]
+        assert requests == [0, 1, 0]
+        with pytest.raises(EngineError, match="broke off"):
+            _ = [event async for event in engine.chat("model", request)]
+    await engine.close()
+    server.close()
