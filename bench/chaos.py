@@ -26,7 +26,7 @@ from typing import Any
 import httpx2
 
 from bench import rows, switching
-from bench.crowd import LETTERS, Crowd, asked, connections, whole
+from bench.crowd import LETTERS, Crowd, asked, connections, plain, streaming, whole
 from bench.gateway import resident_bytes
 from bench.outcomes import KINDS, Question
 from tests.server.real import GatewayProcess, OllamaProcess, clean_environment, lives, ollama_binary
@@ -40,9 +40,12 @@ TIMEOUTS_S = {"queue": 15, "first-token": 20, "stall": 8, "total": 30}
 RECOVER_S = 90.0
 """From the last trouble to an answer: what is under way may take its time-outs, and the model must be read again."""
 PATIENCE_S = 20.0
+LONG_S = 300.0
+CALM = 40
+"""Questions once the engine is back, four at a time, every one of which must be answered."""
 GROWTH_BYTES = 32 << 20
 BROKEN_OFF = ("in the reply", "just ends")
-BUGS = re.compile(r"Traceback|a bug:|never retrieved|made a mistake|was destroyed")
+BUGS = re.compile(r"Traceback|a bug:|never retrieved|made a mistake|was destroyed|Unclosed")
 
 
 Counts = dict[str, int]
@@ -137,12 +140,16 @@ def run(folder: Path, seconds: float, seed: int, log: Path) -> Tally:
             gateway.wait_ready()
             tally = asyncio.run(_measure(gateway, engine, Trouble(engine, releases, flags, random.Random(seed)), seconds, seed))
         finally:
-            gateway.stop()
+            code = gateway.stop()
             log.write_text("\n".join(gateway.lines), encoding="utf-8")
     finally:
         engine.stop()
-    left = [pid for pid in (gateway.process.pid, engine.process.pid, *engine.runners()) if lives(pid)]
-    return replace(tally, problems=[*tally.problems, *([f"processes that outlived their end: {left}"] if left else [])])
+    problems = [f"the gateway's log: {said}" for said in gateway.lines if BUGS.search(said)][:10]
+    if code not in (0, -signal.SIGTERM):
+        problems.append(f"the gateway ended with {code}")
+    if left := [pid for pid in (gateway.process.pid, engine.process.pid, *engine.runners()) if lives(pid)]:
+        problems.append(f"processes that outlived their end: {left}")
+    return replace(tally, problems=[*tally.problems, *problems])
 
 
 def _port() -> int:
@@ -165,11 +172,11 @@ async def _measure(gateway: GatewayProcess, engine: OllamaProcess, trouble: Trou
         await asyncio.gather(*asking)
         problems = [*trouble.problems, *await _back(http, calm + RECOVER_S)]
         recovered_s = time.monotonic() - calm
+        problems += trouble.too_little(seconds) + await _calm(http, random.Random(seed))
         problems += await _at_rest(http, gateway, engine)
     rss = (await early, resident_bytes(gateway.process.pid))
     if rss[1] - rss[0] > GROWTH_BYTES:
         problems.append(f"the gateway grew from {rss[0]} to {rss[1]} bytes")
-    problems += [f"the gateway's log: {said}" for said in gateway.lines if BUGS.search(said)][:10]
     counts = dict(crowd.outcomes), dict(crowd.whys), dict(trouble.events)
     return Tally(time.monotonic() - began, crowd.sent, *counts, problems, recovered_s, *rss)
 
@@ -189,6 +196,18 @@ async def _back(http: httpx2.AsyncClient, until: float) -> list[str]:
         if time.monotonic() > until:
             return [f"no answer {RECOVER_S:g} s after the last trouble: {outcome.why}"]
         await asyncio.sleep(0.2)
+
+
+async def _calm(http: httpx2.AsyncClient, dice: random.Random) -> list[str]:
+    """With the engine well and nobody else there, whatever the troubles left behind in the gateway would show."""
+    places = asyncio.Semaphore(4)
+
+    async def one(number: int) -> str:
+        async with places:
+            outcome = await (streaming if number % 2 else plain)(http, dice)
+            return "" if outcome.kind == "answered" else f"in the calm afterwards: {outcome.kind}, {outcome.why}"
+
+    return [said for said in await asyncio.gather(*(one(number) for number in range(CALM))) if said][:10]
 
 
 async def _at_rest(http: httpx2.AsyncClient, gateway: GatewayProcess, engine: OllamaProcess, timeout_s: float = 15.0) -> list[str]:
@@ -220,6 +239,13 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in found.stdout.split()]
 
 
+def _signalled(pid: int, how: signal.Signals) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, how)
+        return True
+    return False
+
+
 class Trouble:
     """Whatever happens to an engine. After each event a live Ollama is there again, as a supervisor would see to."""
 
@@ -231,14 +257,14 @@ class Trouble:
 
     async def make(self, until: float, crowd: Crowd) -> None:
         """One event after the other with a pause between them, while loaders do their work beside them."""
-        kinds: dict[str, Callable[[], Awaitable[None]]] = {
+        kinds: dict[str, Callable[[], Awaitable[bool]]] = {
             "kill_runner": self._kill_runner,
             "kill_ollama": lambda: self._restart(signal.SIGKILL),
             "stop_ollama": lambda: self._restart(signal.SIGTERM),
             "freeze_ollama": lambda: self._freeze([self._engine.process.pid]),
             "freeze_runner": lambda: self._freeze(self._engine.runners()),
             "switch": self._switch,
-            "flood": lambda: crowd.flood(self._dice),
+            "flood": lambda: self._flood(crowd),
         }
         bag: list[str] = []
         began = time.monotonic()
@@ -246,11 +272,15 @@ class Trouble:
             await self._pause(left_s, crowd)
             bag = bag or self._dice.sample([*kinds, "switch", "kill_runner"], len(kinds) + 2)  # each of them early on
             kind = bag.pop()
-            self.events[kind] += 1
             print(f"{CASE}: {time.monotonic() - began:5.0f} s, {crowd.outcomes['answered']} of {crowd.sent} answered: {kind}", flush=True)
-            await kinds[kind]()
+            self.events[kind] += bool(await kinds[kind]())
         if self._loading:
             await self._loading
+
+    def too_little(self, seconds: float) -> list[str]:
+        """A long run proves nothing about what never happened in it."""
+        wanted = ("kill_runner", "kill_ollama", "stop_ollama", "freeze_ollama", "freeze_runner", "switch", "flood", "loader_done")
+        return [f"no {kind} in {seconds:.0f} s" for kind in wanted if seconds >= LONG_S and not self.events[kind]]
 
     async def _pause(self, left_s: float, crowd: Crowd) -> None:
         """Half of them end before the engine may have come back from the last event; the others let it answer first, within reason."""
@@ -261,30 +291,36 @@ class Trouble:
             while crowd.outcomes["answered"] < heard and time.monotonic() < until:  # noqa: ASYNC110  # answers and a clock
                 await asyncio.sleep(0.05)
 
-    async def _kill_runner(self) -> None:
-        for pid in self._engine.runners():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    # each says whether anything happened
 
-    async def _restart(self, how: signal.Signals) -> None:
+    async def _flood(self, crowd: Crowd) -> bool:
+        await crowd.flood(self._dice)
+        return True
+
+    async def _kill_runner(self) -> bool:
+        return bool([pid for pid in self._engine.runners() if _signalled(pid, signal.SIGKILL)])
+
+    async def _restart(self, how: signal.Signals) -> bool:
         await asyncio.to_thread(self._engine.stop, how)
         await asyncio.sleep(self._dice.uniform(0, 3))
         await asyncio.to_thread(self._engine.start)
+        return True
 
-    async def _freeze(self, pids: Sequence[int]) -> None:
-        for how in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, how)
-            await asyncio.sleep(self._dice.uniform(1, 12) if how is signal.SIGSTOP else 0)
+    async def _freeze(self, pids: Sequence[int]) -> bool:
+        frozen = [pid for pid in pids if _signalled(pid, signal.SIGSTOP)]
+        await asyncio.sleep(self._dice.uniform(1, 12) if frozen else 0)
+        for pid in frozen:
+            _signalled(pid, signal.SIGCONT)
+        return bool(frozen)
 
-    async def _switch(self) -> None:
+    async def _switch(self) -> bool:
         """A loader as a person starts it; one in four is killed at its work. While one is there no other is started."""
         if self._loading and not self._loading.done():
-            return
+            return False
         kill_after_s = self._dice.uniform(0.5, 3) if self._dice.random() < 0.25 else None
         release = self._releases[self.events["switch"] % len(self._releases)]
         self._loading = asyncio.create_task(self._load(release, kill_after_s))
+        return True
 
     async def _load(self, release: Path, kill_after_s: float | None) -> None:
         command = [sys.executable, "-m", "server", "release", "load", str(release), *self._flags]

@@ -137,6 +137,8 @@ async def _leaving(http: httpx2.AsyncClient, dice: random.Random) -> Outcome:
         return asking.result()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
+    if not asking.cancelled():
+        return asking.result()
     return heard[0].so_far() if heard else Outcome("left", "before the reply")
 
 

@@ -88,6 +88,8 @@ class Stream:
 
     def so_far(self) -> Outcome:
         """The client hangs up here."""
+        if self._error is not None:
+            return self.end()
         if self._wrong or not (self._question and self._question.says.startswith(self._text)):
             return Outcome("unaccounted", self._wrong or f"the wrong words: {self._text[-60:]!r}")
         return Outcome("left", "in a stream")
@@ -116,7 +118,7 @@ def _of_error(status: int, headers: Mapping[str, str], tree: Mapping[str, Any], 
         if not headers.get("retry-after", "").isdigit():
             return Outcome("unaccounted", f"a {status} {code} without Retry-After")
         return Outcome("refused", code)
-    if right and (error["type"] == "invalid_request_error" or 0 < status < 500):
+    if right and (error["type"] in ("invalid_request_error", "client_error") or 0 < status < 500):
         return Outcome("unaccounted", f"{code} for a request that is right")
     return Outcome("typed_error", code)
 
