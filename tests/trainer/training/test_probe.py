@@ -71,7 +71,7 @@ def course(cfg: Config, prepared: Path, before: Callable[[], object], *, probed:
     found = []
     for start in range(0, 16, 4):
         value = loss.of_batch(models.collator(cfg)(list(rows[start : start + 4])), how.hidden, head, how.summed)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         stepper.step()
         stepper.zero_grad()
         found.append(float(value.detach()))
