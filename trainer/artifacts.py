@@ -168,7 +168,8 @@ def publish(target: Path, label: Label, hashes: Hashes, *, resume: bool = False)
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
     for torn in partial.glob("*.new"):
-        torn.unlink()
+        if torn.is_file():  # a directory is the stage's own, which tidies it
+            torn.unlink()
     write_whole(partial / DRAFT, label.model_dump_json().encode())
     draft = Draft(partial)
     yield draft

@@ -113,6 +113,13 @@ class Trainer(SFTTrainer):
         self.partial.rmdir()
         self.saved_step = self.state.global_step
 
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """HF looks for the end after a step only: a training that was saved at its last one, and not published, would make another."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **named)
+
     def mark(self) -> None:
         """Remember what micro-batches move, as it is between two steps; weights and optimizer move only in a step."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None

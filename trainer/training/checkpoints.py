@@ -6,6 +6,7 @@ its files; one that does not fit its record is passed over for the one before it
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ GONE = ".gone"
 RESTORING = "restoring"
 """Where a mirror's slot is unpacked."""
 RECORD = "checkpoint.json"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOENT, errno.ENOTDIR}
 
 
 class Origin(BaseModel):
@@ -122,7 +124,8 @@ def seal(written: Path, directory: Path, keep: int, origin: Origin) -> Path:
     _delete(target)  # only one that was not whole can stand there
     written.rename(target)
     _flush_directory(directory)
-    for old in every(directory)[:-keep]:
+    torn = [later for later in every(directory) if step_of(later) > step_of(target)]  # passed over: the training went on from before them
+    for old in [*torn, *[one for one in every(directory) if one not in torn][:-keep]]:
         _delete(old)
     return target
 
@@ -162,6 +165,8 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        if isinstance(error, OSError) and error.errno not in _DISK:  # a lost network, a closed pipe
             raise
         if os.access(directory, os.W_OK):
             tidy(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -130,7 +131,7 @@ class Kept:
         self.directory = out / "checkpoints"
         self._out, self._keep = out, cfg.checkpoint.keep
         mirror_dir = cfg.checkpoint.mirror
-        self._mirror = mirror.Mirror(mirror_dir / cfg.run.name, self.origin) if mirror_dir else None
+        self._mirror = mirror.Mirror(mirror_dir / cfg.run.name, self.origin, fresh=cfg.run.fresh) if mirror_dir else None
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from; from the mirror where the disk has none."""
@@ -142,6 +143,8 @@ class Kept:
         return found
 
     def seal(self, written: Path) -> None:
+        with (self._out / "metrics.jsonl").open("rb") as metrics:
+            os.fsync(metrics.fileno())  # a checkpoint never knows of steps that the journal lost
         sealed = checkpoints.seal(written, self.directory, self._keep, self.origin)
         if self._mirror:
             self._mirror.save(sealed, self._out)
@@ -199,7 +202,7 @@ class Watch:
     ) -> None:
         self._cfg, self._model, self._how, self._stepper, self._todo = cfg, model, how, stepper, todo
         self._journal, self._out, self._task, self._after_step = journal, out, task, after_step
-        self.stop, self.due = stop, schedule.due
+        self._stop, self.due = stop, schedule.due
         self._before_s = journal.wall_s
         self._tokens = 0
         self._started = self._stepped = time.monotonic()
@@ -267,6 +270,11 @@ class Watch:
         self._journal.write(state.global_step, valid_loss=found)  # after the adapter: a line that is there is never measured again
         self._task.advance(0, valid_loss=found)
         self._remember_best(state)
+
+    def stop(self) -> bool:
+        """Asked after each micro-batch and each batch of a validation, each of which is a sign of life."""
+        self._journal.touch()
+        return self._stop()
 
     def _heed(self, _: int) -> None:
         if self.stop():

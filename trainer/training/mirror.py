@@ -25,7 +25,7 @@ from typing import IO, Literal, NamedTuple, cast
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import artifacts, cache, progress
-from trainer.errors import MachineError
+from trainer.errors import MachineError, StaleError
 from trainer.training import checkpoints
 from trainer.training.checkpoints import RESTORING, Origin
 
@@ -52,16 +52,16 @@ class Slot(NamedTuple):
 
 
 class Mirror:
-    def __init__(self, directory: Path, origin: Origin) -> None:
+    def __init__(self, directory: Path, origin: Origin, *, fresh: bool = False) -> None:
         """
-        directory: the user's, and a folder of the run's name in it.
+        directory: the user's, and a folder of the run's name in it. fresh: another training's slots may be overwritten.
 
         Raises:
             MachineError: the user's directory is not there. Making it would write to the local disk where a Drive is not mounted.
         """
         if not directory.parent.is_dir():
             raise MachineError(f"checkpoint.mirror = {directory.parent}: no such directory; mount the drive, or make the directory first")
-        self._directory, self._origin = directory, origin
+        self._directory, self._origin, self._fresh = directory, origin, fresh
         self._last: Slot | None = None
         self._looked = False
 
@@ -77,17 +77,30 @@ class Mirror:
         progress.say(f"mirror: step {slot.record.step} is in slot {slot.name}, {size:,.1f} MB in {took}")
 
     def restore(self, out: Path) -> None:
-        """Bring back the newest whole slot of this training where `out` has no checkpoint."""
+        """Bring back the newest whole slot of this training where `out` has no checkpoint.
+
+        Raises:
+            StaleError: all that is mirrored is another training's, which the next copies would overwrite.
+        """
+        strange: list[str] = []
         for slot in self._newest_first():
             if slot.record.origin != self._origin:
                 different = "; ".join(slot.record.origin.differences(self._origin))
                 progress.say(f"mirror: slot {slot.name} holds another training ({different}): not restored")
+                if (slot.record.origin.key, slot.record.origin.base_sha256) != (self._origin.key, self._origin.base_sha256):
+                    strange.append(f"  slot {slot.name}, step {slot.record.step}: {different}")
             elif self._unpack(slot, out):
                 self._last, self._looked = slot, True
                 progress.say(f"mirror: step {slot.record.step} restored from slot {slot.name} of {self._directory}")
                 return
             else:
                 progress.say(f"mirror: slot {slot.name} (step {slot.record.step}) is not whole: not restored")
+        if strange and not self._fresh:
+            raise StaleError(
+                f"{self._directory} mirrors a training under other settings or data, and new copies would overwrite it:",
+                *strange,
+                "undo the change, or keep both: --set run.name=OTHER, or give the old one up: --set run.fresh=true",
+            )
 
     def _write(self, checkpoint: Path, out: Path) -> Slot:
         self._directory.mkdir(exist_ok=True)

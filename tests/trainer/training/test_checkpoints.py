@@ -26,7 +26,7 @@ def sealed(directory: Path, *steps: int, keep: int = 9, origin: Origin = ORIGIN)
 
 
 def test_checkpoints_are_ordered_by_steps_not_by_name(tmp_path: Path) -> None:
-    sealed(tmp_path, 100, 25, 50)
+    sealed(tmp_path, 25, 50, 100)
     write(tmp_path / "checkpoint-999.gone")
     found = checkpoints.newest(tmp_path, ORIGIN)
     assert found is not None and checkpoints.step_of(found) == 100
@@ -46,6 +46,14 @@ def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path) -> None:
 def test_sealing_keeps_the_newest(tmp_path: Path) -> None:
     sealed(tmp_path, 1, 2, 3, keep=2)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_is_not_whole_never_pushes_out_what_is(tmp_path: Path, keep: int) -> None:
+    """The training went on from step 50, since 75 and 100 were torn; step 60 is then the newest."""
+    sealed(tmp_path / "checkpoints", 50, 75, 100)
+    sealed(tmp_path / "checkpoints", 60, keep=keep)
+    assert [path.name for path in checkpoints.every(tmp_path / "checkpoints")] == ["checkpoint-50", "checkpoint-60"][-keep:]
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no record", "half a record"])
@@ -121,3 +129,5 @@ def test_a_write_that_failed_says_what_is_kept_and_leaves_nothing_half(tmp_path:
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug"), checkpoints.writing(tmp_path):
         raise RuntimeError("a bug")
+    with pytest.raises(ConnectionResetError), checkpoints.writing(tmp_path):
+        raise ConnectionResetError(104, "a tracker's network")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import MachineError
+from trainer.errors import MachineError, StaleError
 from trainer.training import checkpoints, mirror
 from trainer.training.checkpoints import Origin
 from trainer.training.mirror import Mirror
@@ -132,8 +132,14 @@ def test_the_next_copy_goes_over_the_torn_slot(harm: str, drive: Path, tmp_path:
 
 
 def test_the_slot_of_another_training_is_not_restored_and_says_why(drive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert restored(drive, new(tmp_path / "fresh"), ORIGIN.model_copy(update={"key": "other"})) is None
+    other = ORIGIN.model_copy(update={"key": "other"})
+    with pytest.raises(StaleError, match=r"slot b, step 4: key: k -> other(.|\n)*run\.fresh=true"):
+        restored(drive, new(tmp_path / "fresh"), other)
     assert "slot b holds another training (key: k -> other): not restored" in capsys.readouterr().out
+    Mirror(drive, other, fresh=True).restore(new(tmp_path / "wanted"))
+    assert not list((tmp_path / "wanted").iterdir())
+    Mirror(drive, ORIGIN.model_copy(update={"rank": 2})).restore(new(tmp_path / "lower"))
+    assert not list((tmp_path / "lower").iterdir()), "the same training before it gave up rank"
 
 
 def test_a_new_training_in_an_old_ones_mirror_is_the_newest_from_its_first_step(drive: Path, tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_a_signal_amid_a_validation_gives_it_up_and_makes_it_after_the_resume(
     same(tmp_path, go(tmp_path), whole)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_training_that_was_saved_at_its_last_step_makes_no_other(go: Callable[..., TrainFacts], tmp_path: Path, schedule: str) -> None:
+    """It was killed between its last checkpoint and what is published; a step more at a constant rate would be another adapter."""
+    first = go(tmp_path, f"train.schedule={schedule}")
+    assert [path.name for path in checkpoints.every(tmp_path / "checkpoints")] == ["checkpoint-5"]
+    adapter, metrics = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "adapter")
+    again = go(tmp_path, f"train.schedule={schedule}")
+    assert again.steps == first.steps == 5
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_minutes_alone_make_checkpoints(go: Callable[..., TrainFacts], whole: tuple[Path, TrainFacts], tmp_path: Path) -> None:
     facts = go(tmp_path, "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
     assert len(checkpoints.every(tmp_path / "checkpoints")) == 5
