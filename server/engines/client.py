@@ -14,8 +14,9 @@ import aiohttp
 
 FAILED = (aiohttp.ClientError, TimeoutError)
 """What a call raises that got no whole reply."""
-CONNECT_S = 5.0
-"""For connecting alone, which may not hang: all other time-outs belong to admission, or to who asks."""
+CONNECT_S = 20.0
+"""For connecting alone, which may not hang: all other time-outs belong to admission, or to who asks. It also covers this process's own
+turns of the loop when 2,000 requests come at once."""
 ASK_S = 600.0
 """For a whole reply: aiohttp waits for ever where a chunk of it is malformed. A prompt of a 12B on a CPU takes minutes."""
 END_S = 0.1
