@@ -85,22 +85,22 @@ def added(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measure
     url = real_ollama(folder / "home", undo)
     gateway = undo.enter_context(gateway_of(url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
     direct = Way(url, "ollama", release.model)
-    bare = Way(undo.enter_context(bare_relay(url)), "ollama", release.model)
+    bare = Way(undo.enter_context(serving("bench.bare_relay", "--engine-url", url)), "ollama", release.model)
     yield from each(direct, (gateway.way, bare), {"engine": "ollama"}, options.pairs, 1)
     for clients in (1, 4):
         yield "ours", {"engine": "ollama", "clients": clients}, asyncio.run(throughput(direct, gateway.way, clients))
 
 
 def fixed(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
-    url = undo.enter_context(fake("--first-s", str(FIXED_S)))
+    url = undo.enter_context(serving("bench.fake_ollama", "--first-s", str(FIXED_S)))
     gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=4))
     direct = Way(url, "ollama", gateway.model)
-    bare = Way(undo.enter_context(bare_relay(url)), "ollama", gateway.model)
+    bare = Way(undo.enter_context(serving("bench.bare_relay", "--engine-url", url)), "ollama", gateway.model)
     yield from each(direct, (gateway.way, bare), {"engine": "fake"}, options.pairs, 4)
 
 
 def relay(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
-    url = undo.enter_context(fake())
+    url = undo.enter_context(serving("bench.fake_ollama"))
     gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=64))
     proxy = undo.enter_context(nginx(url, folder))
     ways = (("ours", gateway.way, [gateway.pid]), (nginx_version(), Way(proxy.url, "ollama", gateway.model), proxy.pids))
@@ -119,7 +119,7 @@ def relay(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measure
 
 def streams(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
     gap_s, clients = 1.0, options.clients or 2000
-    url = undo.enter_context(fake("--gap-s", str(gap_s)))
+    url = undo.enter_context(serving("bench.fake_ollama", "--gap-s", str(gap_s)))
     gateway = undo.enter_context(gateway_of(url, fake_release(folder), folder, slots=clients))
     metrics = asyncio.run(crowd(gateway, clients, round(options.seconds / gap_s), options.seconds))
     yield "ours", {"engine": "fake", "clients": clients, "seconds": options.seconds}, metrics
@@ -259,21 +259,9 @@ def fake_release(folder: Path) -> Path:
 
 
 @contextmanager
-def fake(*flags: str) -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.fake_ollama", *flags], cwd=rows.ROOT, stdout=subprocess.PIPE, text=True, env=clean_environment()
-    )
-    try:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def bare_relay(engine_url: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "bench.bare_relay", "--engine-url", engine_url]
+def serving(module: str, *flags: str) -> Iterator[str]:
+    """The address of a bench's own server, which prints its port."""
+    command = [sys.executable, "-m", module, *flags]
     process = subprocess.Popen(command, cwd=rows.ROOT, stdout=subprocess.PIPE, text=True, env=clean_environment())
     try:
         assert process.stdout is not None

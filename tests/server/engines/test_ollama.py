@@ -130,20 +130,25 @@ async def test_a_line_of_an_answer_that_is_not_ollama_s_is_an_engine_error(tmp_p
             await anext(stream)
 
 
+TOLD = json.dumps({"message": {"content": "Hi"}, "done": True, "done_reason": "stop", "prompt_eval_count": 2, "eval_count": 1}) + "\n"
+REPLY = f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(TOLD):x}\r\n{TOLD}\r\n".encode()
+"""A whole answer but for the end of its HTTP."""
+END = b"0\r\n\r\n"
+
+
 @pytest.mark.parametrize(("lag_s", "connections"), [(0.0, 1), (0.01, 1), (60.0, 2)])
 async def test_a_second_answer_comes_over_the_first_one_s_connection_unless_that_does_not_end(
     tmp_path: Path, lag_s: float, connections: int
 ) -> None:
     """`lag_s`: between an answer's last word and the end of its HTTP."""
-    told = json.dumps({"message": {"content": "Hi"}, "done": True, "done_reason": "stop", "prompt_eval_count": 2, "eval_count": 1}) + "\n"
     writers: list[asyncio.StreamWriter] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
         while await reader.read(1 << 16):
-            writer.write(f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(told):x}\r\n{told}\r\n".encode())
+            writer.write(REPLY)
             await asyncio.sleep(lag_s)
-            writer.write(b"0\r\n\r\n")
+            writer.write(END)
 
     request = conversation.request((Message("user", "Hi"),), Wishes(), read(small_release(tmp_path)).manifest.prompt)
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
@@ -160,7 +165,6 @@ async def test_a_second_answer_comes_over_the_first_one_s_connection_unless_that
 
 async def test_a_kept_connection_that_is_closed_under_a_request_costs_no_answer(tmp_path: Path) -> None:
     """As a proxy in between does, whose idle connections end: the request goes out once more, over a new one, and only once."""
-    told = json.dumps({"message": {"content": "Hi"}, "done": True, "done_reason": "stop", "prompt_eval_count": 2, "eval_count": 1}) + "\n"
     requests: list[int] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -171,7 +175,7 @@ async def test_a_kept_connection_that_is_closed_under_a_request_costs_no_answer(
             requests.append(number)
             if number == 1 or len(requests) >= 4:
                 break
-            writer.write(f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(told):x}\r\n{told}\r\n0\r\n\r\n".encode())
+            writer.write(REPLY + END)
         writer.close()
 
     request = conversation.request((Message("user", "Hi"),), Wishes(), read(small_release(tmp_path)).manifest.prompt)
