@@ -108,7 +108,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
                 return await work
             finally:
                 watching.cancel()  # it does nothing any more, so that the block can be left
-    except Exception as error:
+    except (ServerError, *errors.MISTAKES) as error:  # the TimeoutError, or what a clean-up raised; nobody reads it any more
         if limit.expired():
             raise ClientGone("the client hung up") from error
         raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,6 @@ from trainer.gemma3 import SIZES
 from trainer.planner.budget import budget
 
 TINY = ["--preset", "tiny", "--model", "random:tiny", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The bench sets what libraries read at import; other tests get theirs back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ def parsed(*arguments: str) -> tuple[dict[str, Any], Any]:
     options = qdora_step.parser("").parse_args(arguments)
     cfg = qdora_step.config(options, 8)
     return qdora_step.work(cfg, options), cfg
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The benches set what libraries read at import; other tests get theirs back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
