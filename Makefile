@@ -8,11 +8,14 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve key clean
+.PHONY: help doctor setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve key clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
 	@echo "  PRESET=$(PRESET)  DATA=FILE of your records  ARGS='--set section.key=value'"
+
+doctor:  ## is this machine ready for PRESET? each line with its remedy; works before make setup
+	@if [ -f .venv/.ready ]; then $(TRAINER) doctor $(WITH); else python3 -m trainer.doctor $(WITH); fi
 
 setup:  ## .venv from the locks, with the torch that suits this machine
 	@requirements/setup.sh

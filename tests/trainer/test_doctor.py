@@ -1,0 +1,145 @@
+"""The doctor on this machine, for real: what it asks, how long it takes, and that it neither imports torch nor needs anything installed."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [
+    *("system", "python", "compiler", "headers", "driver", "card", "card memory", "torch", "memory", "disk", "docker", "compose"),
+    *("gpu runtime", "gpu container", "ollama", "port 8080", "port 11434", "model", "pins"),
+]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the model hub does: public, gated, and unknown names."""
+
+    def do_GET(self) -> None:
+        known = {
+            "/api/models/a/public": (200, {"sha": "f" * 40}),
+            "/api/models/a/gated": (401, {"error": "Access to model a/gated is gated"}),
+        }
+        if self.headers.get("Authorization") == "Bearer mine":
+            known["/api/models/a/gated"] = (200, {"sha": "e" * 40})
+        status, body = known.get(self.path, (404, {"error": "Repository not found"}))
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Tests print nothing."""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def asked(name: str, cache: Path, **environment: str) -> str:
+    line = doctor._model(doctor.Needs("p", model=name, cache=cache), {"HF_HOME": str(cache), **environment})
+    return f"{line.status} {line.found}"
+
+
+def test_it_answers_within_ten_seconds_and_fails_only_with_a_failing_line() -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "trainer", "doctor", "--json", "--preset", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - began < 10
+    tree = json.loads(done.stdout)
+    assert [line["name"] for line in tree["lines"]] == NAMES
+    assert tree["ready"] == (done.returncode == 0) == all(line["status"] != "fail" for line in tree["lines"])
+    assert all(line["remedy"] for line in tree["lines"] if line["status"] != "ok")
+    states = {line["name"]: line["status"] for line in tree["lines"]}
+    assert {states[name] for name in ("system", "python", "torch", "memory", "disk", "model")} == {"ok"}
+
+
+def test_a_broken_setting_is_told_like_everywhere() -> None:
+    command = [sys.executable, "-m", "trainer", "doctor", "--set", "train.epoch=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "train.epoch: no such key" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_imports_no_torch() -> None:
+    code = "import sys; from trainer import doctor; doctor.main(['--preset', 'tiny'], {}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "False", done.stdout + done.stderr
+
+
+def test_it_runs_by_a_bare_python_before_anything_is_installed(tmp_path: Path) -> None:
+    """-S: no site-packages, as on a machine where `make setup` never ran."""
+    shutil.copytree(ROOT / "trainer", tmp_path / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run([sys.executable, "-S", "-m", "trainer.doctor"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "-> make setup" in done.stdout
+    assert "not looked at before make setup" in done.stdout
+    assert "NOT ready for gemma3-12b-t4" in done.stdout
+
+
+def test_the_hub_is_asked_with_the_token_that_is_there(hub: str, tmp_path: Path) -> None:
+    there = {"HF_ENDPOINT": hub}
+    assert asked("a/public", tmp_path, **there) == f"ok a/public is on the hub, at {'f' * 12}"
+    assert asked("a/gated", tmp_path, **there) == "fail a/gated is gated"
+    assert asked("a/gated", tmp_path, HF_TOKEN="mine", **there).startswith("ok")
+    (tmp_path / "token").write_text("mine\n")
+    assert asked("a/gated", tmp_path, **there).startswith("ok")
+    assert asked("a/typo", tmp_path, **there) == "fail a/typo: no such public model"
+    assert "cannot be reached" in asked("a/public", tmp_path, HF_ENDPOINT="http://127.0.0.1:1")
+
+
+def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    state = tmp_path / "nf4" / "public-float16-0123456789ab"
+    state.mkdir(parents=True)
+    assert asked("a/public", tmp_path, **nowhere).startswith("fail")
+    (state / "config.json").write_text("{}")
+    assert asked("a/public", tmp_path, **nowhere) == "ok a/public lies in the cache"
+
+
+def test_a_port_that_somebody_holds_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        assert doctor.is_taken(held.getsockname()[1])
+        number = held.getsockname()[1]
+    assert not doctor.is_taken(number)
+
+
+def test_what_the_cache_holds_already_is_not_asked_for_again(tmp_path: Path) -> None:
+    paths = [f"paths.cache={tmp_path}", f"paths.output={tmp_path}"]
+    before = doctor.needs("gemma3-270m-cpu", paths)
+    (tmp_path / "there").write_bytes(bytes(1000))
+    after = doctor.needs("gemma3-270m-cpu", paths)
+    assert before.cache_bytes is not None
+    assert after.cache_bytes == before.cache_bytes - 1000
+    (place,) = doctor.places(after)
+    assert place.least_bytes is not None
+    assert place.all_bytes is not None
+    assert place.least_bytes < place.all_bytes
+
+
+def test_torch_is_known_without_importing_it() -> None:
+    found = doctor.installed_torch()
+    assert found is not None
+    assert found.version.startswith("2.")
+
+
+def test_a_command_that_is_absent_says_nothing() -> None:
+    assert doctor.ask(("no-such-command",)).code is None
+    assert doctor.ask(("sh", "-c", "echo out; echo err >&2; exit 3")) == (3, "out\n", "err\n")
