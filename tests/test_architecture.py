@@ -26,6 +26,7 @@ ROOMS = {
 
 ENTRANCES = {
     "trainer.__main__": {"training.card"},  # the freest card is chosen before a worker starts
+    "trainer.doctor": {"planner", "stages.plan"},  # what a preset needs
     "trainer.random_weights": {"backends"},  # a program of its own
 }
 """Modules beside the rooms import no room, but for these."""
@@ -48,7 +49,7 @@ WALLS = {
 }
 """Awkward libraries and their only importers."""
 
-ENVIRONMENT = {"trainer.__main__", "server.settings"}
+ENVIRONMENT = {"trainer.__main__", "trainer.doctor", "server.settings"}  # the doctor runs before __main__ can be imported
 HEAVY = ("torch", "transformers", "unsloth", "trl", "peft", "bitsandbytes", "datasets", "xllamacpp")
 MAX_MODULE_LINES = 450
 MAX_FUNCTION_LINES = 60
@@ -193,6 +194,7 @@ BREAKING: tuple[tuple[Rule, str, str], ...] = (
     (wrong_ways, "trainer.config", "from trainer.stages.plan import run"),
     (wrong_ways, "trainer.__main__", "from trainer.training import loop"),
     (wrong_ways, "trainer.stages.plan", "from trainer import pipeline"),
+    (wrong_ways, "trainer.doctor", "from trainer.stages import train"),
     (wrong_ways, "trainer.gguf.write", "from trainer.worker import Job"),
     (breaches, "trainer.training.loop", "import transformers"),
     (breaches, "trainer.backends.trl", "def f():\n    from unsloth import FastModel"),
