@@ -41,11 +41,12 @@ serve: setup  ## serve the newest release on http://127.0.0.1:8080
 key: setup  ## make an API key; make -s key prints just the key
 	@$(PY) -m server key $(ARGS)
 
-check: setup  ## format, lint, types, locks
+check: setup  ## format, lint, types, locks, known vulnerabilities where their data can be had
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 	$(PY) -m mypy
 	@$(MAKE) --no-print-directory check-locks
+	@UV=$$(requirements/setup.sh uv) $(PY) requirements/audit.py
 
 check-locks:  ## whether requirements/*.txt are what pyproject.toml asks for
 	UV=$$(requirements/setup.sh uv) requirements/lock.sh --check

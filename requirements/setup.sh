@@ -38,7 +38,10 @@ is_old_glibc() {
 
 check_machine() { # everything that is missing, at once, with the line that brings it
   local problems=() packages=() tool
-  [ "$(uname -sm)" = "Linux x86_64" ] || problems+=("Linux on x86-64 is needed, this is $(uname -sm)")
+  case "$environment $(uname -sm)" in
+    *" Linux x86_64" | "server Linux aarch64") ;;
+    *) problems+=("Linux on x86-64 is needed (for make setup-server 64-bit Arm will do), this is $(uname -sm)") ;;
+  esac
   ! is_old_glibc || problems+=("glibc 2.28 or newer is needed, this is $(getconf GNU_LIBC_VERSION 2>/dev/null || echo 'another libc')")
   for tool in git make; do
     command -v "$tool" >/dev/null || { problems+=("$tool is missing"); packages+=("$tool"); }

@@ -197,6 +197,12 @@ def test_the_server_lock_names_no_torch_and_the_demo_lock_no_unsloth() -> None:
     assert "unsloth" not in pins["demo"]
 
 
+def test_the_server_lock_holds_for_64_bit_arm_and_no_other_does() -> None:
+    for lock in (ROOT / "requirements").glob("*.txt"):
+        pins = [line for line in lock.read_text().splitlines() if "==" in line and not line.startswith("#")]
+        assert all(("aarch64" in pin) == (lock.stem == "server") for pin in pins), lock
+
+
 def test_locks_name_no_index_and_no_place() -> None:
     for lock in (ROOT / "requirements").glob("*.txt"):
         assert not [line for line in lock.read_text().splitlines() if "://" in line or line.startswith("--") or " /" in line]
@@ -224,6 +230,15 @@ def test_a_libc_that_is_too_old_is_named(machine: Machine) -> None:
     done = machine.setup()
     assert done.returncode == 2
     assert "glibc 2.28 or newer is needed, this is glibc 2.27" in done.stderr
+
+
+def test_64_bit_arm_may_serve_and_not_train(machine: Machine) -> None:
+    machine.remove("uname")
+    machine.add("uname", "#!/usr/bin/env bash\necho Linux aarch64\n")
+    assert machine.setup("server").returncode == 0
+    done = machine.setup()
+    assert done.returncode == 2
+    assert "this is Linux aarch64" in done.stderr
 
 
 def test_a_card_needs_a_compiler(machine: Machine) -> None:
