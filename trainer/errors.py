@@ -57,6 +57,10 @@ class LockedError(ArtifactError):
     """Another process works on the same run."""
 
 
+class PushError(TrainerError):
+    """The model hub was not reached, or takes nothing from this token."""
+
+
 class EngineError(TrainerError):
     """The embedded llama.cpp could not load or answer."""
 

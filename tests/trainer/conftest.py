@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from trainer import pipeline
 from trainer.config import Config, load
 from trainer.facts import Facts
 
@@ -39,6 +40,15 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(tiny_cache: Path) -> Callable[..., Config]:
     """Preset tiny with overrides."""
     return lambda *overrides: load("tiny", [f"paths.cache={tiny_cache}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which `tiny` went the whole way once: output/ and cache/. Read only."""
+    directory = tmp_path_factory.mktemp("whole")
+    settings = [f"paths.output={directory / 'output'}", f"paths.cache={directory / 'cache'}", "run.fresh=false"]
+    pipeline.run(load("tiny", settings), "report", None)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,6 @@ def tiny(directory: Path, *settings: str) -> Config:
     return load("tiny", [f"paths.output={directory / 'output'}", f"paths.cache={directory / 'cache'}", "run.fresh=false", *settings])
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which `tiny` went the whole way once."""
-    directory = tmp_path_factory.mktemp("whole")
-    pipeline.run(tiny(directory), "report", None)
-    return directory
-
-
 def keys(directory: Path, *settings: str) -> dict[str, str]:
     labels = pipeline._labels(tiny(directory, *settings), "report", Hashes(directory / "hashes.json"))
     return {name: label.key for name, label in labels.items()}
