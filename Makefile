@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help doctor setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report serve key clean
+.PHONY: help doctor setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -34,6 +34,12 @@ train: setup  ## the whole way with PRESET and DATA: prepare to release and repo
 
 report: setup  ## bring PRESET's report.html up to date
 	@$(TRAINER) report $(WITH)
+
+REPO ?=
+WHAT ?= gguf
+
+push: setup  ## PRESET's release to the model hub: REPO=owner/name, WHAT=gguf|adapter; private unless PUBLIC=1; DRY=1 only lists
+	@$(TRAINER) push "$(REPO)" --what $(WHAT) $(if $(PUBLIC),--public) $(if $(DRY),--dry-run) $(WITH)
 
 serve: setup  ## serve the newest release on http://127.0.0.1:8080
 	@$(PY) -m server $(ARGS)
