@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help doctor setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean
+.PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -60,6 +60,9 @@ check-locks:  ## whether requirements/*.txt are what pyproject.toml asks for
 format: setup  ## let ruff mend what it can
 	$(PY) -m ruff format
 	$(PY) -m ruff check --fix
+
+pin:  ## write the digests of images and the commits of models beside their names, where registries and hub can be reached
+	@python3 requirements/pin.py
 
 lock: setup  ## renew requirements/*.txt from pyproject.toml; UPGRADE=1 takes the newest versions
 	UV=$$(requirements/setup.sh uv) requirements/lock.sh

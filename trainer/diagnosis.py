@@ -21,6 +21,8 @@ OLDEST_OLLAMA = (0, 31, 2)
 OLDEST_COMPOSE = (2, 24)
 OLDEST_GLIBC = (2, 28)
 TOOLKIT = "install nvidia-container-toolkit, then `sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker`"
+OUTSIDE = "update the driver to {}, or train outside the container with the torch that suits it: make train IN=host"
+"""Another base image would start, and torch in it would still want the newer driver."""
 
 
 class Line(NamedTuple):
@@ -301,7 +303,7 @@ def wanted_cuda(dockerfile: str) -> tuple[int, int] | None:
 
 def gpu_container(trial: Said | None, base: tuple[int, int] | None, cards: Sequence[Card]) -> Line:
     """Whether the trainer's image starts with the card. trial: a container of it that did nothing; None where there is no such image yet."""
-    name, older = "gpu container", "docker build --build-arg BASE_IMAGE=nvidia/cuda:12.6.3-base-ubuntu24.04"
+    name = "gpu container"
     if not cards:
         return Line(name, "ok", "no card")
     have = cards[0].driver
@@ -311,19 +313,19 @@ def gpu_container(trial: Said | None, base: tuple[int, int] | None, cards: Seque
             found = (
                 f"CUDA {base[0]}.{base[1]} in the trainer's image wants driver {wanted}; {have} will be refused (cuda>={base[0]}.{base[1]})"
             )
-            return Line(name, "warn", found, f"update the driver, or take a base that it knows: {older}")
+            return Line(name, "warn", found, OUTSIDE.format(wanted))
         return Line(name, "ok", "the trainer's image is not built yet")
     if trial.code == 0:
         return Line(name, "ok", "the trainer's image starts with the card")
-    return refused(trial, have, older)
+    return refused(trial, have)
 
 
-def refused(trial: Said, have: str, older: str) -> Line:
+def refused(trial: Said, have: str) -> Line:
     """Why Docker did not start a container with the card, from its error."""
     name, told = "gpu container", trial.err or trial.out
     if unsatisfied := re.search(r"unsatisfied condition: cuda\s*>=\s*([\d.]+)", told):
         found = f"refused: the image wants CUDA {unsatisfied[1].rstrip('.')} and driver {have} is older (unsatisfied condition: cuda>=)"
-        return Line(name, "warn", found, f"update the driver, or take a base that it knows: {older}")
+        return Line(name, "warn", found, OUTSIDE.format(OLDEST_DRIVER.get(numbers(unsatisfied[1])[0], "a newer one")))
     if (
         "could not select device driver" in told
         or "nknown runtime" in told

@@ -209,8 +209,8 @@ def test_a_container_refused_for_an_old_driver_is_named_with_both_ways_out() -> 
     assert line.status == "warn"
     assert "wants CUDA 13.0 " in line.found
     assert "535.104.05" in line.found
-    assert "update the driver" in line.remedy
-    assert "BASE_IMAGE=nvidia/cuda:12" in line.remedy
+    assert "update the driver to 580" in line.remedy
+    assert "make train IN=host" in line.remedy
 
 
 @pytest.mark.parametrize("error", [NO_DRIVER, NO_RUNTIME, NO_CDI])
