@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean
+.PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean release up down logs chat smoke
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -29,8 +29,8 @@ demo: setup  ## train, export, verify and serve Gemma 3 270M on the sample data:
 plan: setup  ## say whether a run of PRESET fits its card, term by term
 	@$(TRAINER) plan $(WITH)
 
-train: setup  ## the whole way with PRESET and DATA: prepare to release and report
-	@$(TRAINER) report $(WITH)
+train:  ## the whole way with PRESET and DATA: on this host, else in a container; IN=host or IN=container decides it
+	@IN=$(IN) docker/train $(PRESET) "$(DATA)" $(ARGS)
 
 report: setup  ## bring PRESET's report.html up to date
 	@$(TRAINER) report $(WITH)
@@ -41,8 +41,26 @@ WHAT ?= gguf
 push: setup  ## PRESET's release to the model hub: REPO=owner/name, WHAT=gguf|adapter; private unless PUBLIC=1; DRY=1 only lists
 	@$(TRAINER) push "$(REPO)" --what $(WHAT) $(if $(PUBLIC),--public) $(if $(DRY),--dry-run) $(WITH)
 
+release: setup  ## prepare to release with PRESET and DATA, without the report; what `make up` started then serves it
+	@$(TRAINER) release $(WITH)
+
 serve: setup  ## serve the newest release on http://127.0.0.1:8080
 	@$(PY) -m server $(ARGS)
+
+up:  ## Ollama, loader and gateway in containers: the newest release on http://127.0.0.1:8080
+	@docker/compose up $(ARGS)
+
+down:  ## stop them; nothing is lost (ARGS=-v deletes the loaded models, which release was wanted, and the keys)
+	@docker/compose down $(ARGS)
+
+logs:  ## what they say, until Ctrl-C
+	@docker/compose logs --follow --tail 100 $(ARGS)
+
+chat:  ## talk in the terminal with what `make up` or `make serve` started
+	@docker/chat $(ARGS)
+
+smoke:  ## does what `make up` brought answer, and only to whom it should?
+	@docker/smoke
 
 key: setup  ## make an API key; make -s key prints just the key
 	@$(PY) -m server key $(ARGS)

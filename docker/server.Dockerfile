@@ -17,7 +17,7 @@ RUN ldconfig -p | grep -q 'libgomp\.so\.1 ' \
 RUN mkdir -p /trinity/output/gguf /trinity/output/state && chown 10001:10001 /trinity/output/state
 COPY --from=packages /opt/venv /opt/venv
 COPY server /trinity/server
-RUN /opt/venv/bin/python -m compileall -q /trinity/server
+RUN chmod -R a+rX /trinity/server && /opt/venv/bin/python -m compileall -q /trinity/server
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /trinity
 USER 10001:10001

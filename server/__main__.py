@@ -1,6 +1,6 @@
 """`python -m server`: checks what can be checked before a request comes, then serves. What you can mend is one line and exit code 2.
 
-`python -m server check` does only the first half; `key` and `release` work beside a server that runs.
+`python -m server check` does only the first half; `key`, `release` and `chat` work beside a server that runs.
 """
 
 from __future__ import annotations
@@ -128,6 +128,12 @@ def release(argv: Sequence[str]) -> int:
     return cli.main(argv)
 
 
+def chat(argv: Sequence[str]) -> int:
+    from server import terminal
+
+    return terminal.main(argv)
+
+
 async def _check_engine(chosen: settings.Settings) -> str:
     engine = make_engine(chosen)
     try:
@@ -148,7 +154,13 @@ def _address(host: str, listener: socket.socket) -> str:
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"serve": serve, "check": check, "key": key, "release": release}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "check": check,
+    "key": key,
+    "release": release,
+    "chat": chat,
+}
 
 
 if __name__ == "__main__":

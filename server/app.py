@@ -45,7 +45,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     `app.state.admission` is there for whoever stops the server. Raises SetupError when the file of keys is broken.
     """
-    keeper = Keeper(settings.releases, engine, settings.state)
+    keeper = Keeper(settings.releases, engine, settings.state, wait_for_loader=settings.wait_for_loader)
     counts = Metrics()
     timeouts = Timeouts(settings.queue_timeout_s, settings.first_token_timeout_s, settings.stall_timeout_s, settings.total_timeout_s)
     admission = Admission(engine.slots, settings.waiting, timeouts, counts)

@@ -73,7 +73,8 @@ class Requests:
         self._metrics.requests.labels(path, str(status), name).inc()
         self._metrics.seconds.labels(path).observe(seconds)
         note(method=method, path=path, status=status, seconds=round(seconds, 4), caller=name)
-        log.info("%s %s %s", method, path, status, extra={"facts": dict(_facts.get() or {})})
+        level = logging.DEBUG if (path, status) == ("/healthz", 200) else logging.INFO  # asked every few seconds, by whoever looks after us
+        log.log(level, "%s %s %s", method, path, status, extra={"facts": dict(_facts.get() or {})})
 
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

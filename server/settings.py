@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     """Serves the newest release of the trainer: POST /chat, and OpenAI's API on /v1/chat/completions.
 
     Every flag is also an environment variable (--ollama-url is TRINITY_OLLAMA_URL) and a line of the file that --config names
-    (ollama_url = "..."). `python -m server check` looks whether all is well, `key` makes an API key, `release` moves releases.
+    (ollama_url = "..."). `python -m server check` looks whether all is well, `key` makes an API key, `release` moves releases,
+    `chat` talks in the terminal.
     Exit codes: 0 stopped when asked to, 2 something that you can mend (one line says what), 130 interrupted.
     """
 
@@ -70,6 +71,8 @@ class Settings(BaseSettings):
     """Directory of releases, whose link `current` is served; or one release."""
     state: Path = Path("output/state")
     """Directory where the loader writes which release is wanted (release.json); the server only reads it."""
+    wait_for_loader: bool = False
+    """A loader stays beside this server (`release load --watch`): until it has brought a release nothing is served, and this server loads none by itself."""
     keys: Path | None = None
     """File with the API keys' hashes; else keys.json in the state directory."""
     host: str = "127.0.0.1"

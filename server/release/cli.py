@@ -10,16 +10,18 @@ from typing import cast
 
 from pydantic_settings import CliImplicitFlag
 
-from server import settings
+from server import manifest, settings
 from server.app import make_engine
 from server.errors import ServerError, SetupError
-from server.release import archive
+from server.manifest import Release
+from server.release import archive, space
+from server.release.keeper import no_release
 from server.release.loader import Host, Loader
 from server.release.state import State, Wanted
 
 USAGE = """\
 usage: python -m server release load [RELEASE] [--watch] [SETTING ...]
-       python -m server release list|rollback|status [SETTING ...]
+       python -m server release list|memory|rollback|status [SETTING ...]
 
 load      check a release, bring it to the engine, put its probes to it, and have the gateways serve it. RELEASE is its
           directory, a .zip or .tar of it, or a directory of releases; else the setting --releases. --watch stays and
@@ -27,6 +29,7 @@ load      check a release, bring it to the engine, put its probes to it, and hav
 rollback  have the release before it served again
 list      the releases that lie in --releases, and which of them is wanted
 status    what is wanted, and whether the engine has it
+memory    bytes that a container with Ollama needs for the newest release: the limit that `make up` sets
 
 Settings are those of `python -m server --help`; the same --state and --engine as the gateway's. Exit codes: 0 done, 2 something
 that you can mend (one line says what; what was served before still is), 130 interrupted.
@@ -57,6 +60,9 @@ async def _run(command: str, source: Path | None, chosen: ReleaseCommand) -> int
     if command == "list":
         print(_listed(chosen))
         return 0
+    if command == "memory":
+        print(_memory(chosen))
+        return 0
     if chosen.engine == "openai":
         raise SetupError("a server with OpenAI's API loads its own models; --engine embedded or ollama take releases")
     host = cast("Host", make_engine(chosen))
@@ -71,7 +77,7 @@ async def _run(command: str, source: Path | None, chosen: ReleaseCommand) -> int
         elif command == "status":
             print(await _status(chosen, host))
         else:
-            raise SetupError(f"no command {command!r}: there are load, list, rollback and status")
+            raise SetupError(f"no command {command!r}: there are load, list, memory, rollback and status")
     finally:
         await host.close()
     return 0
@@ -86,6 +92,14 @@ def _listed(chosen: ReleaseCommand) -> str:
         for item in found
     ]
     return "\n".join(lines) or f"no whole release in {chosen.releases}"
+
+
+def _memory(chosen: ReleaseCommand) -> int:
+    directory = manifest.find(chosen.releases)
+    if directory is None:
+        raise SetupError(no_release(chosen.releases))
+    release = Release(directory, manifest.parse(directory / manifest.NAME), ())
+    return space.need(release, chosen.slots).total + space.BESIDE_BYTES
 
 
 def _marks(wanted: Wanted | None) -> dict[str, str]:

@@ -53,8 +53,11 @@ class Glance:
 
 
 class Keeper:
-    def __init__(self, releases: Path, engine: Engine, state: Path | None = None, poll_s: float = 0.5) -> None:
+    def __init__(
+        self, releases: Path, engine: Engine, state: Path | None = None, poll_s: float = 0.5, *, wait_for_loader: bool = False
+    ) -> None:
         self._releases = releases
+        self._wait_for_loader = wait_for_loader
         self._engine = engine
         self._state = State(state or releases / "state")
         self._poll_s = poll_s
@@ -167,10 +170,12 @@ class Keeper:
     async def _serve_wanted(self) -> None:
         if wanted := await asyncio.to_thread(self._state.read):
             await self._serve_entry(wanted.live)
-        elif directory := await asyncio.to_thread(manifest.find, self._releases):
-            await self._serve(await asyncio.to_thread(manifest.read, directory))
-        else:
+        elif not (directory := await asyncio.to_thread(manifest.find, self._releases)):
             self._note(NotReady, no_release(self._releases))
+        elif self._wait_for_loader:
+            self._note(NotReady, f"{directory.name} waits for the loader, whose log says how far it is")
+        else:
+            await self._serve(await asyncio.to_thread(manifest.read, directory))
 
     async def _serve_entry(self, entry: Entry) -> None:
         """Serve what a loader left; an engine that has it already is not asked to load it again."""

@@ -104,6 +104,10 @@ class Loader:
         left = {wanted.live.manifest.release, wanted.rolled_back} if wanted and wanted.engine == self._settings.engine else set()
         if found and found.manifest.release not in left:
             await self.load(found.path)
+        elif wanted:
+            self._say(f"{wanted.live.release.model} is wanted, nothing newer is to be loaded")
+        else:
+            self._say(no_release(source))
 
     async def _read(self, found: archive.Found) -> Release:
         """The release with every byte checked; whether the disks have room for it is asked before an archive is unpacked."""
@@ -145,7 +149,8 @@ class Loader:
             live = Entry(directory=release.directory, digest=digest, manifest=release.manifest, probes=release.probes[:NUM_PROBES])
             wanted = Wanted(engine=self._settings.engine, live=live, previous=_other(before, release), rolled_back=rolled_back)
             self._state.write(wanted)
-        self._say(f"{release.model} is wanted from now on")
+        device = (await self._host.status(release.model)).device
+        self._say(f"{release.model} is wanted from now on{f', on the {device.upper()}' if device else ''}")
         await self._tidy(wanted)
         return wanted
 

@@ -14,6 +14,8 @@ from server.release import gguf
 MEMINFO = Path("/proc/meminfo")
 SPARE_BYTES = 64 << 20
 """Of a disk: for whoever else writes there."""
+BESIDE_BYTES = 2 << 30
+"""Of a container's memory, beside a model: 1 GiB for prompts that llama-server keeps (compose.yaml sets it), as much for Ollama itself."""
 
 
 class Written(NamedTuple):
@@ -40,17 +42,33 @@ def check_disk(model: str, writes: Iterable[Written]) -> None:
         raise NoRoom(f"{model} does not fit on disk beside the release before it: {'; '.join(problems)}: make room there")
 
 
+class Need(NamedTuple):
+    """Of the engine's memory, bytes."""
+
+    weights: int
+    cache: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def need(release: Release, slots: int) -> Need:
+    """Raises ReleaseError for what is no GGUF."""
+    shape = gguf.read(release.gguf)
+    cache = shape.cache_bytes(release.manifest.prompt.num_ctx, slots)
+    return Need(release.manifest.files["gguf"].num_bytes, cache, shape.batch_bytes)
+
+
 def check_memory(release: Release, slots: int, available: int | None) -> None:
     """`available`: bytes that the engine may still use; None: nobody knows. Raises NoRoom, or ReleaseError for what is no GGUF."""
-    shape = gguf.read(release.gguf)
-    num_ctx = release.manifest.prompt.num_ctx
-    weights, cache = release.manifest.files["gguf"].num_bytes, shape.cache_bytes(num_ctx, slots)
-    needed = weights + cache + shape.batch_bytes
-    if available is not None and needed > available:
+    needed = need(release, slots)
+    if available is not None and needed.total > available:
         raise NoRoom(
-            f"{release.model} needs {_gb(needed)} of the engine's memory (weights {_gb(weights)}, {slots} x {num_ctx} tokens of context "
-            f"{_gb(cache)}, a batch {_gb(shape.batch_bytes)}) and {_gb(available)} are there: fewer slots, a release with a smaller "
-            "num_ctx, or more memory"
+            f"{release.model} needs {_gb(needed.total)} of the engine's memory (weights {_gb(needed.weights)}, "
+            f"{slots} x {release.manifest.prompt.num_ctx} tokens of context {_gb(needed.cache)}, a batch {_gb(needed.batch)}) and "
+            f"{_gb(available)} are there: fewer slots, a release with a smaller num_ctx, or more memory"
         )
 
 

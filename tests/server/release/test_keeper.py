@@ -228,6 +228,18 @@ async def test_what_a_loader_wants_is_served_without_loading_it_again_though_its
         await until(lambda: serves(keeper, A) and list(engine.models) == [f"trinity:{A}"])
 
 
+async def test_where_a_loader_brings_releases_nothing_is_loaded_twice(tmp_path: Path, state: State) -> None:
+    release, engine = manifest.read(small_release(tmp_path, A)), Shelf()
+    keeper = Keeper(tmp_path, engine, state.directory, poll_s=0.01, wait_for_loader=True)
+    running = asyncio.create_task(keeper.run())
+    await until(lambda: "waits for the loader" in why(keeper))
+    loaded(state, engine, release)
+    await until(lambda: serves(keeper, A))
+    assert engine.loads == []
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_an_engine_that_is_not_there_yet_has_not_lost_its_model(tmp_path: Path, state: State) -> None:
     engine = Shelf()
     release = manifest.read(small_release(tmp_path, A))

@@ -394,6 +394,21 @@ def point(link: Path, target: Path) -> None:
     new.replace(link)
 
 
+async def test_watch_says_once_what_to_run_where_nothing_lies_yet_and_then_loads_what_comes(shop: Shop) -> None:
+    loader = shop.loader()
+    watching = asyncio.create_task(loader.watch(poll_s=0.05))
+    try:
+        await until(lambda: bool(shop.said), 60)
+        await asyncio.sleep(0.3)
+        assert len(shop.said) == 1 and "make train" in shop.said[0]
+        shop.add(SECOND)
+        await until(lambda: shop.state.path.exists() and shop.wanted()[0] == SECOND, 60)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await loader._host.close()
+
+
 async def test_what_is_there_and_what_is_wanted_is_told(shop: Shop) -> None:
     await shop.load(shop.add(SECOND))
     await shop.load(shop.add(THIRD))
@@ -407,9 +422,10 @@ def test_a_command_that_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytes
     state = ["--state", str(tmp_path / "state"), "--releases", str(tmp_path)]
     for words, said in {
         ("status",): "nothing was loaded yet",
-        ("upgrade",): "there are load, list, rollback and status",
+        ("upgrade",): "there are load, list, memory, rollback and status",
         ("rollback",): "there is nothing to go back to",
         ("load",): "no release yet in",
+        ("memory",): "no release yet in",
         ("load", "--engine", "openai"): "loads its own models",
         ("load", str(tmp_path / "r.zip")): "no release yet in",
     }.items():

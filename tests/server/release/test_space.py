@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import ReleaseError
 from server.manifest import Release
-from server.release import gguf, space
+from server.release import cli, gguf, space
 from server.release.gguf import Shape
 
 TWELVE = Shape(num_layers=48, num_kv_heads=8, key_length=256, value_length=256, window=1024, vocab_size=262_208)
@@ -57,6 +57,13 @@ def test_a_disk_that_is_too_small_is_one_line_that_says_for_what(tmp_path: Path)
     assert "unpacked" in str(caught.value) and "Ollama's copy" in str(caught.value) and "\n" not in str(caught.value)
     space.check_disk("trinity:x", writes[:1])
     space.check_disk("trinity:x", [])
+
+
+def test_a_containers_memory_is_the_models_and_room_for_ollama(release: Release, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "--releases", str(release.directory)]) == 0
+    needed = space.need(release, 1)
+    assert int(capsys.readouterr().out) == needed.total + space.BESIDE_BYTES
+    assert needed.weights == release.gguf.stat().st_size and needed.total == sum(needed)
 
 
 def test_memory_that_does_not_suffice_is_one_line_with_every_term(release: Release) -> None:
