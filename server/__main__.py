@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
-from server import auth, logs, settings
+from server import auth, logs, manifest, settings
 from server.app import create_app, make_engine
 from server.errors import ServerError, SetupError
 from server.limits import Limits
@@ -69,6 +69,8 @@ async def _serve(chosen: settings.Settings, listener: socket.socket) -> None:
     except SetupError:
         await engine.close()
         raise
+    for licence in manifest.terms(chosen.releases):
+        print(f"server: the model is under the {licence}", file=sys.stderr)
     host, port = listener.getsockname()[:2]
     print(f"server: http://{f'[{host}]' if ':' in host else host}:{port}/chat with engine {chosen.engine}", file=sys.stderr, flush=True)
     await make_server(app, chosen).serve(sockets=[listener])

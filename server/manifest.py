@@ -121,6 +121,16 @@ class Release:
         return self.manifest.files["gguf"].sha256
 
 
+def terms(releases: Path) -> list[str]:
+    """What the release that find() finds says of its base model's licence, a line each; nothing where it says nothing. Nothing is hashed."""
+    try:
+        directory = find(releases)
+        tree = json.loads((directory / NAME).read_bytes()) if directory else {}
+        return [f"{one['name']}, {one['url']}" for one in tree["licences"] if one["applies_to"] == "base"]
+    except (OSError, ValueError, KeyError, TypeError, ReleaseError):
+        return []
+
+
 def find(releases: Path) -> Path | None:
     """The release to serve: `releases` itself if it is one, else where its link `current` points now, else the newest; None: not there."""
     for candidate in (releases, releases / "current"):

@@ -17,7 +17,7 @@ from types import FrameType
 
 from pydantic import BaseModel
 
-from trainer import doctor, pipeline, progress, push, worker
+from trainer import doctor, pipeline, progress, push, terms, worker
 from trainer.config import Config, load, presets
 from trainer.errors import Interrupted, TrainerError, disk_full, read_only
 from trainer.training import card
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         cfg = load(options.preset, options.set)
         environment = {**_environment(cfg), **_one_card(cfg)}
+        if options.stage != "plan":
+            terms.show_once(cfg)
         path = pipeline.run(cfg, options.stage, lambda lock: worker.Caller(environment, (lock,)))
         print(path)
     except TrainerError as error:

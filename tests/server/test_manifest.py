@@ -157,3 +157,11 @@ def created(moment: str) -> Callable[[Any], None]:
 def test_a_release_whose_name_is_a_path_is_refused(directory: Path) -> None:
     edit(directory, lambda tree: tree.update(release="../evil"))
     assert "release: String should match pattern" in refusal(directory)
+
+
+def test_the_base_models_terms_are_found_without_hashing_and_their_absence_is_no_error(directory: Path) -> None:
+    (directory / "model.gguf").unlink()
+    assert manifest.terms(directory) == ["Gemma Terms of Use, https://ai.google.dev/gemma/terms"]
+    edit(directory, lambda tree: tree.update(licences="MIT"))
+    assert manifest.terms(directory) == []
+    assert manifest.terms(directory / "nowhere") == []

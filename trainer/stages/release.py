@@ -10,30 +10,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trainer import __version__, artifacts
+from trainer import __version__, artifacts, terms
 from trainer.artifacts import Inputs
 from trainer.config import Config
 from trainer.errors import ArtifactError
 from trainer.facts import EvaluateFacts, ExportFacts, ReleaseFacts, TrainFacts, VerifyFacts
-from trainer.manifest import AsTrained, Base, File, Licence, Manifest, Parity, Prompt, Scores, Waived
+from trainer.manifest import AsTrained, Base, File, Manifest, Parity, Prompt, Scores, Waived
 
 VERSION = 1
-
-GEMMA = Licence(
-    applies_to="base",
-    name="Gemma Terms of Use",
-    notice=(
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
-        "This file holds a modified Gemma: fine-tuned, merged and quantised. Whoever passes it on passes these terms on with it."
-    ),
-    url="https://ai.google.dev/gemma/terms",
-)
-MIT = Licence(
-    applies_to="trainer",
-    name="MIT",
-    notice="Made with Trinity, which is under the MIT licence; it claims no rights in the model.",
-    url="https://opensource.org/license/mit",
-)
 
 
 def sources(cfg: Config) -> Mapping[str, Path]:
@@ -75,7 +59,7 @@ def _manifest(cfg: Config, inputs: Inputs, files: Mapping[str, File]) -> Manifes
         prompt=_prompt(cfg),
         scores=_scores(inputs.facts(EvaluateFacts), inputs.facts(VerifyFacts)),
         parity=_parity(inputs.facts(VerifyFacts)),
-        licences=(GEMMA, MIT),
+        licences=(terms.GEMMA, terms.MIT),
     )
 
 
@@ -132,4 +116,4 @@ def _file(path: Path) -> File:
 
 
 def _licences() -> str:
-    return "\n".join(f"{licence.name} ({licence.applies_to}): {licence.url}\n{licence.notice}\n" for licence in (GEMMA, MIT))
+    return "\n".join(f"{licence.name} ({licence.applies_to}): {licence.url}\n{licence.notice}\n" for licence in (terms.GEMMA, terms.MIT))
