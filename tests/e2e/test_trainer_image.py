@@ -44,6 +44,7 @@ class Trainer:
         self._offline.write_text(OFFLINE)
         self._compose = shlex.split(os.environ.get("COMPOSE") or "docker compose")
         self._environment = clean_environment(
+            COMPOSE_PROJECT_NAME=PROJECT,
             TRINITY_TRAINER_IMAGE=PROJECT,
             TRINITY_OUTPUT=str(self.output),
             TRINITY_UID=str(CALLER),
@@ -56,7 +57,13 @@ class Trainer:
     def compose(self, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
         files = [ROOT / "compose.yaml", ROOT / "docker" / "compose.cpu.yaml", *([self._offline] if offline else [])]
         named = [word for file in files for word in ("--file", str(file))]
-        command = [*self._compose, "--project-name", PROJECT, "--profile", "train", *named, *words]
+        return self._call(*self._compose, "--profile", "train", *named, *words)
+
+    def make(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        """make train with these variables."""
+        return self._call("make", "-s", "train", *(f"{name}={value}" for name, value in variables.items()))
+
+    def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True)
 
     def run(self, *words: str, entrypoint: str = "", offline: bool = False) -> subprocess.CompletedProcess[str]:
@@ -86,7 +93,7 @@ def trainer() -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def trained(trainer: Trainer) -> Trainer:
     """After a whole way with the preset `tiny`."""
-    way = trainer.run("report", "--preset", "tiny")
+    way = trainer.make(PRESET="tiny", IN="container")
     assert way.returncode == 0, way.stdout + way.stderr
     return trainer
 
@@ -113,6 +120,13 @@ def test_a_second_run_without_a_network_makes_nothing_anew(trained: Trainer) -> 
     for stage in ("prepare", "train", "evaluate", "export", "verify", "release", "report"):
         assert f"{stage}: up to date" in said
     assert trained.cached() == before
+
+
+def test_a_host_that_cannot_have_the_environment_trains_in_the_container_and_says_why(trained: Trainer) -> None:
+    again = trained.make(PRESET="tiny", PYTHON="/none/python3")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Python 3.11 to 3.13 is needed" in again.stderr
+    assert "train: in a container" in again.stderr
 
 
 def test_the_run_without_a_network_has_none(trainer: Trainer) -> None:
