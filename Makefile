@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
 WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
 
-.PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak demo bench-demo bench-gpu plan train report push serve key clean release up down logs chat smoke
+.PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak soak-fresh demo bench-demo bench-gpu smoke-t4 plan train report push serve key clean release up down logs chat smoke
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name does; do printf '  make %-13s %s\n' "$$name" "$$does"; done
@@ -98,6 +98,12 @@ soak: setup  ## 500 kills of a train, 100 of an export, 15 minutes of chaos unde
 	$(PY) -m bench.soak --case train_kills --trials 500 $(ARGS)
 	$(PY) -m bench.soak --case export_kills --trials 100 $(ARGS)
 	$(PY) -m bench.soak --case gateway_chaos --seconds 900 --at-least 100 $(ARGS)
+	@if docker info >/dev/null 2>&1; then $(MAKE) --no-print-directory soak-fresh; else echo "soak: no Docker answers: soak-fresh is left out"; fi
+
+soak-fresh:  ## with no cache at all: make demo and make test in a bare container, then the trainer's image; part of soak where Docker answers
+	rm -rf output/soak/fresh
+	CACHE=none .ci/fresh-clone output/soak/fresh demo test
+	TRAINER_BASE_IMAGE=$${TRAINER_BASE_IMAGE:-$$BASE_IMAGE} BUILD_NETWORK=host $(or $(COMPOSE),docker compose) --profile train build --no-cache trainer
 
 bench-demo: setup  ## the demo from nothing, as a row of bench/results/demo.jsonl
 	$(PY) -m bench.demo --record
@@ -122,6 +128,9 @@ bench-gpu: setup  ## a step of the 12B on this card, ours and unsloth's, as rows
 	-$(STEP) --mixed unpacked --steps 100 --cap-bytes $(CAP)
 	-$(ROOF) --who unsloth
 	-$(ROOF) --cap-bytes $(CAP)
+
+smoke-t4: setup  ## three real steps of the 12B on this machine's card: bytes, seconds, and a row to send back
+	@$(PY) -m bench.smoke_t4 $(ARGS)
 
 clean:  ## remove environments and tools' caches; output/, data/ and .cache/ stay
 	rm -rf .venv .venv-server .tools .mypy_cache .pytest_cache .ruff_cache *.egg-info
