@@ -123,13 +123,13 @@ def look(needs: Needs, environment: Mapping[str, str]) -> list[Line]:
     with ThreadPoolExecutor(16) as pool:
         smi = pool.submit(ask, SMI)
         info = pool.submit(ask, ("docker", "info", "--format", "{{json .}}"))
-        told = pool.submit(_compose)
+        told = pool.submit(_compose, environment.get("COMPOSE", ""))
         ollama = pool.submit(ask, ("ollama", "--version"))
         pinned = pool.submit(ask, (sys.executable, str(ROOT / "requirements" / "pin.py"), "--missing"))
         model = pool.submit(_model, needs, environment)
         ports = pool.submit(_ports, environment)
         cards = diagnosis.read_cards(smi.result())
-        trial = pool.submit(_trial, info, bool(cards))
+        trial = pool.submit(_trial, info, bool(cards), environment.get("TRINITY_TRAINER_IMAGE") or IMAGE)
         probe = pool.submit(ask, (sys.executable, "-c", PROBE)) if cards else None
         return [
             *_system(needs),
@@ -226,16 +226,17 @@ def _text(path: Path) -> str:
 # --- containers
 
 
-def _compose() -> Said:
-    said = ask(("docker", "compose", "version", "--short"))
-    return said if said.code == 0 else ask(("docker-compose", "version", "--short"))
+def _compose(chosen: str) -> Said:
+    """Of the variable COMPOSE, as make takes it, else of Docker's plug-in, else of the program that stood alone."""
+    tried = [chosen.split()] if chosen else [["docker", "compose"], ["docker-compose"]]
+    return next((said for command in tried if (said := ask([*command, "version", "--short"])).code == 0), Said(None))
 
 
-def _trial(info: Future[Said], has_card: bool) -> Said | None:
+def _trial(info: Future[Said], has_card: bool, image: str) -> Said | None:
     """A container of the trainer's image with the card, which does nothing. None without card, Docker or image: none is downloaded."""
-    if not has_card or info.result().code != 0 or ask(("docker", "image", "inspect", IMAGE)).code != 0:
+    if not has_card or info.result().code != 0 or ask(("docker", "image", "inspect", image)).code != 0:
         return None
-    return ask(("docker", "run", "--rm", "--network", "none", "--gpus", "all", "--entrypoint", "true", IMAGE))
+    return ask(("docker", "run", "--rm", "--network", "none", "--gpus", "all", "--entrypoint", "true", image))
 
 
 # --- addresses
