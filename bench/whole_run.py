@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(options.output, ignore_errors=True)
     environment = capped(options.cap_bytes)
     for stage in STAGES:
+        if options.resume and measured(options, stage):
+            continue
         command = [sys.executable, "-m", "trainer", stage, "--preset", options.preset, *settings(options)]
         print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
         code, wall_s, used = watched(command, environment, (options.output, options.cache))
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, default=rows.ROOT / "output" / "bench-whole-run")
     made.add_argument("--cache", type=Path, default=rows.ROOT / ".cache")
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    made.add_argument("--resume", action="store_true", help="go on with what is in --output")
+    made.add_argument("--resume", action="store_true", help="go on with what is in --output: a stage that is there gets no row")
     made.add_argument("--out", type=Path, default=None, help="file to append to, instead of the one in bench/results/")
     made.add_argument("--run", default=None, metavar="ID")
     return made
