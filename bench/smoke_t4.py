@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import qdora_step, rows
-from trainer import cache, cards, gemma3, random_weights
+from trainer import cache, cards, gemma3
 from trainer.config import Config, load
 from trainer.errors import TrainerError
 from trainer.planner import cards as planned
@@ -40,15 +42,22 @@ A T4 for nothing: notebooks/colab_t4.ipynb on Colab or Kaggle, then `make smoke-
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(["--model", "", *arguments])
+    # Before the driver is asked: of two cards (Kaggle's) HF would use both, and multiply the batch.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     card = cards.first()
     if options.device == "cuda" and card is None:
         print(NO_CARD, file=sys.stderr)
         return 2
     try:
         options.model = options.model or weights(options)
+        return measure(options, card)
     except TrainerError as error:
         print(f"smoke-t4: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def measure(options: argparse.Namespace, card: cards.Card | None) -> int:
+    """Run the steps, append the row, show it."""
     if card and options.device == "cuda" and options.cap_bytes is None and card.total_bytes > T4_BYTES * 1.05:
         options.cap_bytes = T4_BYTES
         print(f"smoke-t4: the {card.name} stands in for a T4: held to {T4_BYTES / 1e9:.1f} GB", flush=True)
@@ -79,12 +88,15 @@ def weights(options: argparse.Namespace) -> str:
     name = load(options.preset, options.set).model.name
     if any(options.cache.glob(f"nf4/{Path(name).name}-float16-*/nf4.json")):
         return name
-    folder = Path(options.cache) / RANDOM
+    folder = options.cache.resolve() / RANDOM
     if not (folder / "config.json").is_file():
         cache.need_room(options.cache, ROOM_BYTES, "random weights of the 12B, and their NF4 state,")
         print(f"smoke-t4: {name} is not in {options.cache}: making random weights of its size in {folder}", flush=True)
         shutil.rmtree(folder.with_name(f"{RANDOM}.partial"), ignore_errors=True)  # of an attempt that was killed
-        if random_weights.main([str(folder), "--size", "12b", "--device", options.device, "--cache", str(options.cache)]) != 0:
+        # In a child, so that what it takes of the card is given back before anything is measured.
+        command = [sys.executable, "-m", "trainer.random_weights", str(folder), "--size", "12b"]
+        command += ["--device", options.device, "--cache", str(options.cache)]
+        if subprocess.run(command, cwd=rows.ROOT, check=False).returncode != 0:
             raise TrainerError(f"{folder}: the random weights could not be made, as said above")
     return str(folder)
 

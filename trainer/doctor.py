@@ -244,21 +244,28 @@ def _trial(info: Future[Said], has_card: bool, image: str) -> Said | None:
 
 def _ports(environment: Mapping[str, str]) -> tuple[list[Line], str | None]:
     """The lines of both ports, and the version of the Ollama that answers."""
-    number = environment.get("TRINITY_PORT", "")
-    gateway = int(number) if number.isdigit() else GATEWAY_PORT
+    gateway = _port(environment.get("TRINITY_PORT", ""), GATEWAY_PORT)
+    ollama = _port(environment.get("OLLAMA_HOST", ""), OLLAMA_PORT)
     alive = get(f"http://127.0.0.1:{gateway}/healthz", {}, 2.0)[0]
-    serving = get(f"http://127.0.0.1:{OLLAMA_PORT}/api/version", {}, 2.0)[0]
+    serving = get(f"http://127.0.0.1:{ollama}/api/version", {}, 2.0)[0]
     version = _field(serving[1], "version") if serving else None
     ours = "a gateway answers there" if alive and _field(alive[1], "status") == "ok" else ""
+    theirs = "Ollama answers there" if version else ""
     lines = [
         diagnosis.port(gateway, ours if is_taken(gateway) else None, "make serve ARGS='--port 9000', or TRINITY_PORT=9000 for compose"),
         diagnosis.port(
-            OLLAMA_PORT,
-            ("Ollama answers there" if version else "") if is_taken(OLLAMA_PORT) else None,
+            ollama,
+            theirs if is_taken(ollama) else None,
             "only for an Ollama of this machine: OLLAMA_HOST=127.0.0.1:11435 ollama serve; compose publishes none",
         ),
     ]
     return lines, version
+
+
+def _port(address: str, usual: int) -> int:
+    """Of 9000, HOST:9000 or http://HOST:9000."""
+    number = re.search(r"(?:^|:)(\d+)/?$", address)
+    return int(number[1]) if number else usual
 
 
 def is_taken(number: int) -> bool:
