@@ -26,9 +26,10 @@ RUN mkdir -p /trinity/data /trinity/output /trinity/.cache/home /trinity/.cache/
 COPY trainer /trinity/trainer
 RUN chmod -R a+rX /trinity/trainer
 # Everything that can be made again lies in one volume (the trainer puts Triton's, inductor's and unsloth's caches there itself).
-# A caller's number has no name in this image: torch asks for LOGNAME before it looks for one.
+# A caller's number has no name in this image: torch asks for LOGNAME before it looks for one. Threads that wait shall sleep: spinning
+# ones made a step on two cores that others used too four times as long.
 ENV HOME=/trinity/.cache/home TMPDIR=/trinity/.cache/tmp HF_HOME=/trinity/.cache/huggingface \
-    PYTHONPYCACHEPREFIX=/trinity/.cache/python PYTHONUNBUFFERED=1 LOGNAME=trainer
+    PYTHONPYCACHEPREFIX=/trinity/.cache/python PYTHONUNBUFFERED=1 LOGNAME=trainer OMP_WAIT_POLICY=passive
 WORKDIR /trinity
 USER 10001:10001
 ENTRYPOINT ["python", "-m", "trainer"]
