@@ -30,8 +30,8 @@ from trainer import diagnosis
 from trainer.diagnosis import Line, Place, Said, Torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 8.0
-"""What one question may take. torch's import is the longest: 2 to 8 s."""
+LIMIT_S = 7.0
+"""What one question may take. torch's import is the longest: 2 to 7 s."""
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits")
 IMAGE = "trinity-trainer"
 """What the compose file calls the trainer's image."""
@@ -306,7 +306,7 @@ def _token(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _get_far(url: str, headers: Mapping[str, str]) -> tuple[tuple[int, str] | None, str]:
     """get() in a child that can be ended: a name server that swallows questions holds a thread for longer than LIMIT_S."""
-    program = "import json, sys; from trainer import doctor; print(json.dumps(doctor.get(sys.argv[1], json.load(sys.stdin), 7.0)))"
+    program = "import json, sys; from trainer import doctor; print(json.dumps(doctor.get(sys.argv[1], json.load(sys.stdin), 6.0)))"
     said = ask((sys.executable, "-c", program, url), json.dumps(dict(headers)))
     if said.code != 0:
         return None, f"no answer in {LIMIT_S:g} s"
