@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from server.engines.ollama import OLDEST
 from trainer import diagnosis
 from trainer.diagnosis import Card, Line, Place, Said, Torch
 
@@ -242,6 +243,7 @@ def test_ollama_with_known_holes_is_named_with_them() -> None:
     assert "allocate" in old.found
     assert "0.31.2" in old.remedy
     assert diagnosis.ollama(Said(None), None).status == "ok"
+    assert diagnosis.OLDEST_OLLAMA == OLDEST, "what the gateway takes"
 
 
 def test_a_port_is_free_ours_or_taken() -> None:

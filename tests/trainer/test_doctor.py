@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -68,6 +69,23 @@ def test_it_answers_within_ten_seconds_and_fails_only_with_a_failing_line() -> N
     assert all(line["remedy"] for line in tree["lines"] if line["status"] != "ok")
     states = {line["name"]: line["status"] for line in tree["lines"]}
     assert {states[name] for name in ("system", "python", "torch", "memory", "disk", "model")} == {"ok"}
+
+
+def test_a_t4_under_an_old_driver_is_told_what_helps(tmp_path: Path) -> None:
+    """nvidia-smi is a fake that says so; torch is this machine's."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'Tesla T4, 535.104.05, 7.5, 15360, 15095'\n")
+    smi.chmod(0o755)
+    command = [sys.executable, "-m", "trainer", "doctor", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
+    assert done.returncode == 2
+    assert lines["driver"]["found"] == "NVIDIA 535.104.05"
+    assert lines["card"] == {"name": "card", "status": "ok", "found": "Tesla T4 (sm_75)", "remedy": ""}
+    assert lines["card memory"]["status"] == "ok", "15,095 MiB hold the preset"
+    assert lines["torch"]["status"] == "fail"
+    assert "--torch-backend=auto torch==" in lines["torch"]["remedy"]
+    assert "cuda>=13.0" in lines["gpu container"]["found"] or lines["gpu container"]["status"] == "warn"
 
 
 def test_a_broken_setting_is_told_like_everywhere() -> None:
