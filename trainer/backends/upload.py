@@ -21,7 +21,7 @@ def check_name(repository: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     if repository.count("/") != 1:
-        raise PushError(f"{repository}: write the repository as OWNER/NAME, for example ada/cron-gemma")
+        raise PushError(f"{repository or 'no repository'}: write it as OWNER/NAME, for example ada/cron-gemma (make: REPO=OWNER/NAME)")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
