@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -161,3 +162,16 @@ def test_torch_is_known_without_importing_it() -> None:
 def test_a_command_that_is_absent_says_nothing() -> None:
     assert doctor.ask(("no-such-command",)).code is None
     assert doctor.ask(("sh", "-c", "echo out; echo err >&2; exit 3")) == (3, "out\n", "err\n")
+
+
+def test_the_page_about_the_machine_names_every_line_and_its_commands_exist() -> None:
+    page = (ROOT / "docs" / "machine.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z, ]+) \|", page, flags=re.MULTILINE)
+    named = {name for row in rows for name in row.split(", ")} - {"line"}
+    assert named == {"ports" if name.startswith("port ") else name for name in NAMES}
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    wanted = re.findall(r"(?:^|`)make (?:-s )?([a-z0-9-]+)", page, flags=re.MULTILINE)
+    assert len(wanted) > 6
+    assert set(wanted) <= targets
+    for arguments in re.findall(r"make (?:-s )?doctor (?:ARGS=)?(.*?) *(?:#.*)?$", page, flags=re.MULTILINE):
+        doctor._parser().parse_args(arguments.replace("PRESET=", "--preset=").split())
