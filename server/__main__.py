@@ -38,7 +38,8 @@ def serve(argv: Sequence[str]) -> int:
     logs.configure(chosen.log_format)
     allow_connections(chosen.max_connections)
     with listen(chosen.host, chosen.port) as listener:
-        if first_look(chosen.releases, chosen.state) is None:
+        # A look reads every byte of a release; where a loader does that, nobody waits for it here, and the log says what is missing.
+        if not chosen.wait_for_loader and first_look(chosen.releases, chosen.state) is None:
             print(f"server: {no_release(chosen.releases)}", file=sys.stderr)
         asyncio.run(_serve(chosen, listener))
     return 0

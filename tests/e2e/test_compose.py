@@ -73,8 +73,9 @@ def second(demo_release: Release, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_without_a_release_everything_starts_shows_a_key_and_says_what_is_missing(compose: Deployment) -> None:
     key = first_key(compose.make("up"))
     assert httpx2.get(f"{compose.url}/healthz", trust_env=False).status_code == 200
-    reply = httpx2.get(f"{compose.url}/readyz", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
-    assert reply.status_code == 503 and "no release yet in output/gguf" in reply.text
+    for path in ("/readyz", "/v1/models"):  # the page shows what the second one says
+        reply = httpx2.get(f"{compose.url}{path}", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        assert reply.status_code == 503 and "no release yet in output/gguf" in reply.text
     until(lambda: bool(compose.said("loader")), 60)
     [line] = compose.said("loader")
     assert "make demo" in line and "make train" in line
@@ -100,6 +101,7 @@ def test_the_memory_limit_is_what_the_release_needs(compose: Deployment) -> None
     assert 2 << 30 < limit < 4 << 30
     until(lambda: compose.ready().get("status") == "ready", 60, compose.ready)
     assert "ok    it answers" in compose.make("smoke")
+    assert any("prompt cache is enabled, size limit: 1024 MiB" in line for line in compose.said("ollama")), "Ollama hands it on"
 
 
 def test_only_the_gateway_can_be_reached_and_only_with_a_key(compose: Deployment) -> None:
