@@ -50,7 +50,7 @@ serve: setup  ## serve the newest release on http://127.0.0.1:8080
 up:  ## Ollama, loader and gateway in containers: the newest release on http://127.0.0.1:8080
 	@docker/compose up $(ARGS)
 
-down:  ## stop them; nothing is lost (ARGS=-v deletes the loaded models, which release was wanted, and the keys)
+down:  ## stop them; nothing is lost (ARGS=-v deletes the volumes: loaded models, keys, the trainer's cache)
 	@docker/compose down $(ARGS)
 
 logs:  ## what they say, until Ctrl-C
