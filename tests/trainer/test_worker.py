@@ -93,6 +93,24 @@ def test_torchs_cpu_allocator_speaks_of_the_host_on_a_cards_run_and_of_the_model
     assert isinstance(worker._out_of_memory(card, RuntimeError("CUDA out of memory")), OutOfMemoryError)
 
 
+@pytest.mark.gpu
+def test_a_cards_own_errors_are_out_of_memory_and_its_other_errors_are_not() -> None:
+    """A cap as a smaller card would be: torch's allocator, and cuBLAS' workspace within it. The sentinel is an index that is out of range."""
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        kept = torch.empty(900_000_000, dtype=torch.uint8, device="cuda")
+        with pytest.raises(RuntimeError) as full:
+            torch.empty(900_000_000, dtype=torch.uint8, device="cuda")
+        with pytest.raises(RuntimeError) as wrong:
+            kept.view(7, -1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert worker.is_out_of_memory(full.value)
+    assert not worker.is_out_of_memory(wrong.value)
+
+
 @pytest.mark.parametrize(("kills", "words"), [(1, "by the kernel, as the machine's memory ran out"), (0, "from outside")])
 def test_a_killed_child_says_who_killed_it_as_far_as_anybody_counts(tmp_path: Path, kills: int, words: str) -> None:
     assert worker.oom_kills() >= 0
