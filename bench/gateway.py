@@ -8,7 +8,8 @@
 
 added, fixed: rounds of the same question, directly, through the gateway and through a relay on FastAPI that does nothing else
 (bench.bare_relay), in random order, over connections that stay open; added_ttft is the percentile of through minus direct, round by
-round. relative_tokens_per_s: through over direct, the medians of rounds in turns.
+round. relative_tokens_per_s: through over direct, the medians of rounds in turns, the bare relay among them. --engine-threads 1 leaves
+llama.cpp a core of its own on a machine of two: its threads wait for each other at every layer, and whoever takes a core from one stops both.
 relay: events_per_cpu_s divides by the processor time of the gateway's, or nginx's, processes. streams: lost_streams are those with a
 token too few or out of order; memory is the gateway's resident set after a tenth of the time and at the end. release_switch:
 failed_requests are all that were not answered whole; nobody tries again.
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +47,9 @@ FIXED_S = 0.02
 """First token of the fake engine in case fixed."""
 T = TypeVar("T")
 PROMPT = "The capital of France is"
+ANSWER_TOKENS = 128
+"""Of an answer whose tokens per second are measured; a first token, which has figures of its own, weighs little in it."""
+BARE = f"bare relay, fastapi {fastapi.__version__}"
 
 
 class Way(NamedTuple):
@@ -65,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--clients", type=int, default=None, help="of cases streams (2000) and release_switch (8)")
     parser.add_argument("--seconds", type=float, default=600.0, help="of cases streams and release_switch")
+    parser.add_argument("--engine-threads", type=int, default=0, help="of case added: llama.cpp's; 0 leaves them to Ollama")
     parser.add_argument("--engine", choices=("ollama", "embedded"), default="ollama", help="of case release_switch")
     parser.add_argument("--out", type=Path, default=None, help="file to append to, instead of the one in bench/results/")
     options = parser.parse_args(arguments)
@@ -82,13 +87,15 @@ Measured = Iterator[tuple[str, dict[str, Any], dict[str, Any]]]
 
 def added(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
     release = base_release(folder / "gguf" / "base-0123456789ab")
-    url = real_ollama(folder / "home", undo)
+    threads: int = options.engine_threads
+    url = real_ollama(folder / "home", undo, {"LLAMA_ARG_THREADS": str(threads)} if threads else {})
     gateway = undo.enter_context(gateway_of(url, folder / "gguf" / "base-0123456789ab", folder, slots=4))
     direct = Way(url, "ollama", release.model)
     bare = Way(undo.enter_context(serving("bench.bare_relay", "--engine-url", url)), "ollama", release.model)
-    yield from each(direct, (gateway.way, bare), {"engine": "ollama"}, options.pairs, 1)
+    work = {"engine": "ollama", "engine_threads": threads or None}
+    yield from each(direct, (gateway.way, bare), work, options.pairs, 1)
     for clients in (1, 4):
-        yield "ours", {"engine": "ollama", "clients": clients}, asyncio.run(throughput(direct, gateway.way, clients))
+        yield from throughput(direct, (gateway.way, bare), {**work, "clients": clients})
 
 
 def fixed(options: argparse.Namespace, folder: Path, undo: ExitStack) -> Measured:
@@ -147,7 +154,7 @@ CASES: dict[str, Callable[[argparse.Namespace, Path, ExitStack], Measured]] = {
 def each(direct: Way, through: tuple[Way, Way], work: dict[str, Any], num: int, tokens: int) -> Measured:
     """A row for the gateway, and one for the bare relay: what is left of the difference when nothing is done."""
     seen = asyncio.run(pairs(direct, through, num, tokens))
-    for who, metrics in zip(("ours", f"bare relay, fastapi {fastapi.__version__}"), seen, strict=True):
+    for who, metrics in zip(("ours", BARE), seen, strict=True):
         yield who, {**work, "clients": 1, "pairs": num}, metrics
 
 
@@ -171,16 +178,22 @@ async def pairs(direct: Way, through: Sequence[Way], num: int, tokens: int) -> l
     return metrics
 
 
-async def throughput(direct: Way, through: Way, clients: int, rounds: int = 9, tokens: int = 24) -> dict[str, Any]:
-    """Every client asks 4 times a round; the rounds of the two ways alternate, the first of each warms up."""
-    found: dict[Dialect, list[float]] = {"ollama": [], "gateway": []}
-    for number in range(2 * rounds + 2):
-        way = (direct, through)[number % 2]
-        start = time.perf_counter()
-        seen = await _together(way, clients, lambda client: _several(client, 4, tokens))
-        found[way.dialect].append(sum(one.tokens for many in seen for one in many) / (time.perf_counter() - start))
-    engine, gateway = (statistics.median(speeds[1:]) for speeds in (found["ollama"], found["gateway"]))
-    return {"tokens_per_s": gateway, "direct_tokens_per_s": engine, "relative_tokens_per_s": gateway / engine}
+def throughput(direct: Way, through: tuple[Way, Way], work: dict[str, Any], rounds: int = 5) -> Measured:
+    """Answers of ANSWER_TOKENS; every client asks twice a round. The rounds of the ways alternate, the first of each warms up."""
+    found: list[list[float]] = [[], [], []]
+    for _ in range(rounds + 1):
+        for speeds, way in zip(found, (direct, *through), strict=True):
+            speeds.append(asyncio.run(tokens_per_s(way, work["clients"])))
+    engine, *others = (statistics.median(speeds[1:]) for speeds in found)
+    for who, speed in zip(("ours", BARE), others, strict=True):
+        metrics = {"tokens_per_s": speed, "direct_tokens_per_s": engine, "relative_tokens_per_s": speed / engine}
+        yield who, {**work, "answer_tokens": ANSWER_TOKENS}, metrics
+
+
+async def tokens_per_s(way: Way, clients: int) -> float:
+    start = time.perf_counter()
+    seen = await _together(way, clients, lambda client: _several(client, 2, ANSWER_TOKENS))
+    return sum(one.tokens for many in seen for one in many) / (time.perf_counter() - start)
 
 
 async def rush(way: Way, clients: int, tokens: int, pids: Sequence[int]) -> dict[str, float]:
@@ -246,10 +259,10 @@ def gateway_of(engine_url: str, release: Path, folder: Path, slots: int) -> Iter
         process.stop()
 
 
-def real_ollama(home: Path, undo: ExitStack) -> str:
+def real_ollama(home: Path, undo: ExitStack, more: Mapping[str, str] | None = None) -> str:
     if ollama_binary() is None:
         raise SystemExit("bench.gateway: no Ollama: put one on PATH or name it in TRINITY_OLLAMA")
-    return undo.enter_context(ollama(home)).url
+    return undo.enter_context(ollama(home, more)).url
 
 
 def fake_release(folder: Path) -> Path:

@@ -184,7 +184,7 @@ def absent(why: str) -> NoReturn:
 class OllamaProcess:
     """A real Ollama with a home of its own."""
 
-    def __init__(self, binary: str, home: Path, port: int | None = None) -> None:
+    def __init__(self, binary: str, home: Path, port: int | None = None, more: Mapping[str, str] | None = None) -> None:
         self._port = port or free_port()
         self._command = [binary, "serve"]
         self._settings = {
@@ -194,6 +194,7 @@ class OllamaProcess:
             "OLLAMA_NO_CLOUD": "1",
             "OLLAMA_KEEP_ALIVE": "-1",
             "OLLAMA_MAX_LOADED_MODELS": "1",
+            **(more or {}),
         }
         self.url = f"http://127.0.0.1:{self._port}"
         self.log = home / "ollama.log"
@@ -268,10 +269,10 @@ def _until_answers(url: str, timeout_s: float) -> None:
 
 
 @contextmanager
-def ollama(home: Path) -> Iterator[OllamaProcess]:
+def ollama(home: Path, more: Mapping[str, str] | None = None) -> Iterator[OllamaProcess]:
     binary = ollama_binary() or absent("no Ollama in PATH: name its binary in TRINITY_OLLAMA")
     home.mkdir(parents=True, exist_ok=True)
-    process = OllamaProcess(binary, home)
+    process = OllamaProcess(binary, home, more=more)
     try:
         yield process
     finally:
