@@ -19,7 +19,7 @@ import pytest
 
 from server.manifest import Release, read
 from tests.e2e.engine.deployment import PROJECT, Deployment, docker, first_key, until
-from tests.server.real import absent
+from tests.server.real import ROOT, absent
 
 pytestmark = pytest.mark.e2e
 
@@ -185,6 +185,6 @@ def test_down_and_up_keep_model_and_keys_even_where_the_releases_are_gone(compos
 def test_after_a_restart_of_the_engine_everything_is_there_again(compose: Deployment, demo_release: Release) -> None:
     """TRINITY_DOCKER_RESTART: the command that restarts this machine's Docker engine."""
     command = os.environ.get("TRINITY_DOCKER_RESTART") or absent("TRINITY_DOCKER_RESTART does not say how to restart Docker")
-    subprocess.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     compose.wait_for(demo_release.model)
     assert compose.chat("Every weekday at 07:30")["model"] == demo_release.model
