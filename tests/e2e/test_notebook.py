@@ -37,7 +37,6 @@ FEW = {
     "evaluate.max_new_tokens": 4,
     "export.sampling.num_predict": 16,
     "verify.minutes": 0.2,
-    "verify.kl": "warn",  # the preset's limits are those of a model that has learnt its task
 }
 """As little as teaches the model to say Yes and to end there, without which no engine serves it: the notebook is what is tested here."""
 
