@@ -65,8 +65,9 @@ def executed(place: Path) -> Any:
     at = next(number for number, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
     injected = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     book.cells.insert(at + 1, nbformat.v4.new_code_cell(injected))  # type: ignore[no-untyped-call]
-    try:
-        return NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    client = NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    try:  # one thread: two that wait for each other beside other busy processes take several times as long
+        return client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
     finally:
         nbformat.write(book, place / "executed.ipynb")  # type: ignore[no-untyped-call]
 
