@@ -68,15 +68,15 @@ is_new_uv() { # --clear came with 0.8
   [[ $("$1" --version 2>/dev/null) =~ ^uv\ ([0-9]+)\.([0-9]+) ]] && ((BASH_REMATCH[1] * 1000 + BASH_REMATCH[2] >= 8))
 }
 
-find_uv() { # prints a uv: PATH's, else one brought by pip, else one brought by a venv's pip
-  local candidate
+find_uv() { # prints a uv: PATH's, else the pinned one, brought by pip or by a venv's pip, its hash checked
+  local candidate pinned=(install --quiet --no-deps --only-binary :all: --require-hashes -r requirements/uv.txt)
   for candidate in uv .tools/bin/uv .tools/venv/bin/uv; do
     if is_new_uv "$candidate"; then echo "$candidate"; return; fi
   done
   say "bringing uv into .tools"
-  if PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --upgrade --target .tools uv >&2 && is_new_uv .tools/bin/uv; then echo .tools/bin/uv; return; fi
-  if "$python" -m venv .tools/venv >&2 && .tools/venv/bin/pip install --quiet uv >&2 && is_new_uv .tools/venv/bin/uv; then echo .tools/venv/bin/uv; return; fi
-  say "neither uv, nor pip, nor venv is here: apt-get install -y python3-venv, or see https://docs.astral.sh/uv"
+  if PIP_ROOT_USER_ACTION=ignore "$python" -m pip "${pinned[@]}" --upgrade --target .tools >&2 && is_new_uv .tools/bin/uv; then echo .tools/bin/uv; return; fi
+  if "$python" -m venv .tools/venv >&2 && .tools/venv/bin/pip "${pinned[@]}" >&2 && is_new_uv .tools/venv/bin/uv; then echo .tools/venv/bin/uv; return; fi
+  say "no uv could be had: without pip and venv, apt-get install -y python3-venv; else see what pip says above, or https://docs.astral.sh/uv"
   return 1
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,8 @@ FAKE_PIP = """#!/usr/bin/env bash
 echo "pip $*" >>"$RECORD"
 cp "$UV_SOURCE" .tools/venv/bin/uv
 """
+PINNED = "install --quiet --no-deps --only-binary :all: --require-hashes -r requirements/uv.txt"
+"""What pip is told: the pin alone, its hash checked."""
 
 
 class Machine:
@@ -253,7 +256,7 @@ def test_uv_is_brought_by_pip_where_path_has_none(machine: Machine) -> None:
     machine.remove("uv")
     done = machine.setup()
     assert done.returncode == 0, done.stderr
-    assert machine.told[0] == "python -m pip install --quiet --upgrade --target .tools uv"
+    assert machine.told[0] == f"python -m pip {PINNED} --upgrade --target .tools"
     assert not any(line.startswith("python -m venv") for line in machine.told)
     machine.setup("server")
     assert sum("--target .tools" in line for line in machine.told) == 1
@@ -263,7 +266,26 @@ def test_uv_is_brought_by_a_venv_where_there_is_no_pip(machine: Machine) -> None
     machine.remove("uv")
     done = machine.setup(NO_PIP="1")
     assert done.returncode == 0, done.stderr
-    assert machine.told[1:3] == ["python -m venv .tools/venv", "pip install --quiet uv"]
+    assert machine.told[1:3] == ["python -m venv .tools/venv", f"pip {PINNED}"]
+
+
+def test_the_uv_that_is_brought_is_the_trainer_images() -> None:
+    pinned = (ROOT / "requirements" / "uv.txt").read_text(encoding="utf-8")
+    dockerfile = (ROOT / "docker" / "trainer.Dockerfile").read_text(encoding="utf-8")
+    (version, sha256) = re.findall(r"echo (uv==[\d.]+) --hash=sha256:([0-9a-f]{64}) >", dockerfile)[0]
+    assert f"\n{version} \\\n    --hash=sha256:{sha256}" in pinned
+
+
+def test_the_readmes_line_for_another_torch_finds_the_uv_that_setup_brought(machine: Machine) -> None:
+    machine.remove("uv")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^.*--reinstall-package torch .*$", readme, flags=re.MULTILINE)
+    done = subprocess.run(["bash", "-c", line], cwd=machine.folder, env=machine.environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert (
+        machine.told[-1]
+        == f"pip install --python .venv/bin/python --reinstall-package torch --torch-backend=cpu torch=={locked_version('torch')}"
+    )
 
 
 def test_a_uv_that_is_too_old_is_passed_by(machine: Machine) -> None:

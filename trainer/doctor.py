@@ -187,7 +187,8 @@ def installed_torch() -> Torch | None:
 
 def _reinstall() -> str:
     pins = re.findall(r"^((?:torch|torchvision)==[^ ]+)", _text(ROOT / "requirements" / "torch.txt"), flags=re.MULTILINE)
-    return f"uv pip install --python {sys.executable} --reinstall --torch-backend=auto {' '.join(pins) or 'torch torchvision'}"
+    uv = "$(requirements/setup.sh uv)" if (ROOT / "requirements" / "setup.sh").is_file() else "uv"  # setup may have brought it to .tools
+    return f"{uv} pip install --python {sys.executable} --reinstall --torch-backend=auto {' '.join(pins) or 'torch torchvision'}"
 
 
 def _limit() -> int | None:

@@ -85,6 +85,7 @@ def test_a_t4_under_an_old_driver_is_told_what_helps(tmp_path: Path) -> None:
     assert lines["card"] == {"name": "card", "status": "ok", "found": "Tesla T4 (sm_75)", "remedy": ""}
     assert lines["card memory"]["status"] == "ok", "15,095 MiB hold the preset"
     assert lines["torch"]["status"] == "fail"
+    assert "$(requirements/setup.sh uv) pip install " in lines["torch"]["remedy"]
     assert "--torch-backend=auto torch==" in lines["torch"]["remedy"]
     assert "cuda>=13.0" in lines["gpu container"]["found"] or lines["gpu container"]["status"] == "warn"
 
