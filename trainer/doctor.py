@@ -306,13 +306,24 @@ def _token(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _get_far(url: str, headers: Mapping[str, str]) -> tuple[tuple[int, str] | None, str]:
-    """get() in a child that can be ended: a name server that swallows questions holds a thread for longer than LIMIT_S."""
-    program = "import json, sys; from trainer import doctor; print(json.dumps(doctor.get(sys.argv[1], json.load(sys.stdin), 6.0)))"
+    """about() in a child that can be ended: a name server that swallows questions holds a thread for longer than LIMIT_S."""
+    program = "import json, sys; from trainer import doctor; print(json.dumps(doctor.about(sys.argv[1], json.load(sys.stdin), 6.0)))"
     said = ask((sys.executable, "-c", program, url), json.dumps(dict(headers)))
     if said.code != 0:
         return None, f"no answer in {LIMIT_S:g} s"
     answer, why = json.loads(said.out)
     return (None if answer is None else (answer[0], answer[1])), why
+
+
+def about(url: str, headers: Mapping[str, str], limit_s: float) -> tuple[tuple[int, str] | None, str]:
+    """get() of a model's page on the hub. A gated one's is public: only auth-check tells whether its files may be had, and 403 is said if not."""
+    answer, why = get(url, headers, limit_s)
+    if answer is None or answer[0] != 200 or not _tree(answer[1]).get("gated"):
+        return answer, why
+    access, why = get(f"{url}/auth-check", headers, limit_s)
+    if access is None:
+        return None, why
+    return ((403, access[1]) if access[0] in (401, 403) else answer), ""
 
 
 def get(url: str, headers: Mapping[str, str], limit_s: float) -> tuple[tuple[int, str] | None, str]:
@@ -329,12 +340,16 @@ def get(url: str, headers: Mapping[str, str], limit_s: float) -> tuple[tuple[int
 
 
 def _field(body: str, name: str) -> str | None:
+    found = _tree(body).get(name)
+    return found if isinstance(found, str) else None
+
+
+def _tree(body: str) -> dict[str, Any]:
     try:
         tree: Any = json.loads(body)
     except ValueError:
-        return None
-    found = tree.get(name) if isinstance(tree, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 if __name__ == "__main__":

@@ -28,15 +28,17 @@ NAMES = [
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the model hub does: public, gated, and unknown names."""
+    """Answers as the model hub does: a gated model's page is everybody's, its files are not."""
 
     def do_GET(self) -> None:
+        allowed = {"Bearer mine": (200, {}), None: (401, {"error": "Access to model a/gated is restricted. Please log in."})}
+        refused = (403, {"error": "Access to model a/gated is restricted and you are not in the authorized list."})
         known = {
-            "/api/models/a/public": (200, {"sha": "f" * 40}),
-            "/api/models/a/gated": (401, {"error": "Access to model a/gated is gated"}),
+            "/api/models/a/public": (200, {"sha": "f" * 40, "gated": False}),
+            "/api/models/a/gated": (200, {"sha": "e" * 40, "gated": "manual"}),
+            "/api/models/a/gated/auth-check": allowed.get(self.headers.get("Authorization"), refused),
+            "/api/models/a/old": (200, {"sha": "d" * 40, "gated": "auto"}),
         }
-        if self.headers.get("Authorization") == "Bearer mine":
-            known["/api/models/a/gated"] = (200, {"sha": "e" * 40})
         status, body = known.get(self.path, (404, {"error": "Repository not found"}))
         self.send_response(status)
         self.end_headers()
@@ -118,7 +120,9 @@ def test_the_hub_is_asked_with_the_token_that_is_there(hub: str, tmp_path: Path)
     there = {"HF_ENDPOINT": hub}
     assert asked("a/public", tmp_path, **there) == f"ok a/public is on the hub, at {'f' * 12}"
     assert asked("a/gated", tmp_path, **there) == "fail a/gated is gated"
+    assert asked("a/gated", tmp_path, HF_TOKEN="another's", **there) == "fail a/gated is gated"
     assert asked("a/gated", tmp_path, HF_TOKEN="mine", **there).startswith("ok")
+    assert asked("a/old", tmp_path, **there).startswith("ok"), "a mirror that knows no auth-check"
     (tmp_path / "token").write_text("mine\n")
     assert asked("a/gated", tmp_path, **there).startswith("ok")
     assert asked("a/typo", tmp_path, **there) == "fail a/typo: no such public model"
