@@ -67,7 +67,7 @@ ELSEWHERE: dict[str, Sequence[str]] = {
     # The hub itself: a hub of the tests' own takes the push.
     "make push": ["tests/trainer/test_push.py::test_a_release_arrives_whole_and_the_loader_takes_what_lies_on_the_hub"],
     # PyTorch's index: setup makes the same call where it answers.
-    "uv pip install": ["tests/test_setup.py::test_without_a_card_the_cpu_build_is_taken_where_its_index_answers"],
+    "$(requirements/setup.sh uv) pip install": ["tests/test_setup.py::test_without_a_card_the_cpu_build_is_taken_where_its_index_answers"],
     # Needs unsloth's packages, which a machine without a card has not: its result is what is held to the text.
     "cd .venv/lib/python3*/site-packages && find unsloth": ["tests/test_licences.py::test_the_counts_are_those_of_the_list"],
 }
