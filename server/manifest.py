@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
@@ -132,15 +134,39 @@ def terms(releases: Path) -> list[str]:
 
 
 def find(releases: Path) -> Path | None:
-    """The release to serve: `releases` itself if it is one, else where its link `current` points now, else the newest; None: not there."""
-    for candidate in (releases, releases / "current"):
-        if (candidate / NAME).is_file():
-            return candidate.resolve()
-    if (releases / "current").is_dir():
-        raise ReleaseError(f"{releases / 'current'} has no manifest.json: release again with `make train` or `make demo`")
+    """The release to serve: `releases` itself if it is one, else where its link `current` points now, else the newest; None: not there.
+
+    Raises ReleaseError where one may be there and this process is not let in.
+    """
+    with readable(releases):
+        for candidate in (releases, releases / "current"):
+            if (candidate / NAME).is_file():
+                return candidate.resolve()
+        if (releases / "current").is_dir():
+            raise ReleaseError(f"{releases / 'current'} has no manifest.json: release again with `make train` or `make demo`")
     # Drive and Windows lose links.
     found = [(made.created, directory) for directory in directories(releases) if (made := whole(directory))]
+    if not found:
+        check_readable(releases)
     return max(found)[1] if found else None
+
+
+@contextmanager
+def readable(releases: Path) -> Iterator[None]:
+    """Raises ReleaseError with the remedy for what the system refuses to read within the block."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or releases, error.strerror or error
+        raise ReleaseError(f"{where} cannot be read by user {os.getuid()} ({why}): on the host, chmod -R a+rX {releases}") from error
+
+
+def check_readable(releases: Path) -> None:
+    """Raises ReleaseError if `releases`, a directory in it or a manifest may not be read; one that is not there may."""
+    with readable(releases):
+        for path in sorted(releases.iterdir()) if releases.is_dir() else ():
+            if path.is_dir() and (path / NAME).is_file():
+                (path / NAME).open("rb").close()
 
 
 def directories(releases: Path) -> list[Path]:
@@ -160,14 +186,15 @@ def whole(directory: Path) -> Manifest | None:
 
 def stamp(releases: Path) -> tuple[object, ...]:
     """What find() and read() would see, by names, sizes and times alone: unequal once a release was changed or another took its place."""
-    directory = (releases if (releases / NAME).exists() else releases / "current").resolve()
-    folders = [directory] if directory.is_dir() else [releases, *directories(releases)]
+    directory = releases
     try:
+        directory = (releases if (releases / NAME).exists() else releases / "current").resolve()
+        folders = [directory] if directory.is_dir() else [releases, *directories(releases)]
         inside = (path for folder in folders for path in sorted(folder.iterdir()))
         found = [(path, path.stat()) for path in ([releases] if releases.is_file() else inside)]  # a file: an archive
     except OSError:
         return (directory,)
-    return (directory, *((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found))
+    return (directory, *((str(path), stat.st_size, stat.st_mtime_ns, stat.st_mode) for path, stat in found))  # mode: who may read it
 
 
 def read(directory: Path) -> Release:
@@ -188,7 +215,9 @@ def parse(path: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ReleaseError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ReleaseError(
+            f"{path}: cannot be read: {error.strerror}: let the server's user read it (chmod -R a+rX on its releases)"
+        ) from error
     return parse_bytes(path, content)
 
 

@@ -96,7 +96,9 @@ class Settings(BaseSettings):
     engine_models: int = Field(1, ge=1)
     """Models that the engine may hold at the same time, Ollama's OLLAMA_MAX_LOADED_MODELS: with 1, requests wait while a release is loaded."""
     engine_memory_bytes: int = Field(0, ge=0)
-    """Memory that the engine may use for models; 0 takes what this machine has free, where the engine runs on it."""
+    """Memory that the engine may use for models; 0: no limit but what this machine has free, where the engine runs on it."""
+    engine_here: bool = False
+    """Ollama runs on this machine though its address is not the loopback's, as in containers: what the machine has free counts as well."""
     waiting: int = Field(8, ge=0)
     """Requests that may wait for a slot; further ones are refused with 503 and Retry-After."""
     queue_timeout_s: float = Field(300.0, gt=0)

@@ -51,10 +51,15 @@ def find(releases: Path) -> Found | None:
     """The release to load: `releases` itself, else its link `current`, else the newest that lies there whole. Raises ReleaseError."""
     if is_archive(releases):
         return look(releases)
-    if any((path / manifest.NAME).is_file() for path in (releases, releases / "current")):
+    with manifest.readable(releases):
+        direct = any((path / manifest.NAME).is_file() for path in (releases, releases / "current"))
+    if direct:
         directory = manifest.find(releases)
         return Found(directory, manifest.parse(directory / manifest.NAME)) if directory else None
-    return max(listed(releases), key=lambda found: found.manifest.created, default=None)
+    found = listed(releases)
+    if not found:
+        manifest.check_readable(releases)
+    return max(found, key=lambda found: found.manifest.created, default=None)
 
 
 def listed(releases: Path) -> list[Found]:

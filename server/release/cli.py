@@ -29,7 +29,7 @@ load      check a release, bring it to the engine, put its probes to it, and hav
 rollback  have the release before it served again
 list      the releases that lie in --releases, and which of them is wanted
 status    what is wanted, and whether the engine has it
-memory    bytes that a container with Ollama needs for the newest release: the limit that `make up` sets
+memory    bytes that a container with Ollama needs for the newest release, or the wanted one: the limit that `make up` sets
 
 Settings are those of `python -m server --help`; the same --state and --engine as the gateway's. Exit codes: 0 done, 2 something
 that you can mend (one line says what; what was served before still is), 130 interrupted.
@@ -85,6 +85,8 @@ async def _run(command: str, source: Path | None, chosen: ReleaseCommand) -> int
 
 def _listed(chosen: ReleaseCommand) -> str:
     found = sorted(archive.listed(chosen.releases), key=lambda item: item.manifest.created, reverse=True)
+    if not found:
+        manifest.check_readable(chosen.releases)
     marks = _marks(State(chosen.state).read())
     lines = [
         f"{item.manifest.created:%Y-%m-%d %H:%M}  {item.manifest.files['gguf'].num_bytes / 1e9:6.2f} GB  "
@@ -95,11 +97,14 @@ def _listed(chosen: ReleaseCommand) -> str:
 
 
 def _memory(chosen: ReleaseCommand) -> int:
+    """Of the newest release and of the wanted one whichever needs more: either may have to answer, after a rollback too."""
     directory = manifest.find(chosen.releases)
-    if directory is None:
+    wanted = State(chosen.state).read()
+    releases = [Release(directory, manifest.parse(directory / manifest.NAME), ())] if directory else []
+    releases += [wanted.live.release] if wanted and wanted.live.release.gguf.is_file() else []
+    if not releases:
         raise SetupError(no_release(chosen.releases))
-    release = Release(directory, manifest.parse(directory / manifest.NAME), ())
-    return space.need(release, chosen.slots).total + space.BESIDE_BYTES
+    return max(space.need(release, chosen.slots).total for release in releases) + space.BESIDE_BYTES
 
 
 def _marks(wanted: Wanted | None) -> dict[str, str]:

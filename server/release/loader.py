@@ -167,11 +167,10 @@ class Loader:
             return  # the engine had it once, so that it fitted
         settings, held = self._settings, await self._host.held_bytes()
         goes = held if settings.engine_models == 1 else 0  # the model before makes room for it
-        available: int | None = None
-        if settings.engine_memory_bytes:
-            available = settings.engine_memory_bytes - held + goes
-        elif settings.engine == "embedded" or settings.ollama_url.host in LOOPBACK:
-            available = space.machine_memory() + goes
+        limits = [settings.engine_memory_bytes - held] if settings.engine_memory_bytes else []
+        if settings.engine == "embedded" or settings.engine_here or settings.ollama_url.host in LOOPBACK:
+            limits.append(space.machine_memory())
+        available = min(limits) + goes if limits else None
         await asyncio.to_thread(space.check_memory, release, settings.slots, available)
 
     @asynccontextmanager

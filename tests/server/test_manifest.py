@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from server import manifest
 from server.errors import ReleaseError
+from server.release import archive
 from tests.server.real import CONTRACT
 from tests.server.scripted import small_release
 
@@ -131,6 +135,41 @@ def test_a_release_is_found_by_the_link_or_named_itself(tmp_path: Path) -> None:
     directory.mkdir()
     with pytest.raises(ReleaseError, match="has no manifest"):
         manifest.find(tmp_path)
+
+
+@contextmanager
+def somebody_else() -> Iterator[None]:
+    """Root may read everything: its tests look as nobody."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("link", [True, False])
+@pytest.mark.parametrize("closed", [".", "small-0123456789ab", "small-0123456789ab/manifest.json"])
+def test_a_release_that_may_not_be_read_is_one_line_with_the_remedy_and_a_change_of_that_is_seen(closed: str, link: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own may be entered by its owner alone
+        Path(folder).chmod(0o755)
+        releases = Path(folder) / "gguf"
+        small_release(releases)
+        if not link:
+            (releases / "current").unlink()
+        path = releases / closed
+        open_mode = path.stat().st_mode
+        path.chmod(0)
+        with somebody_else():
+            before = manifest.stamp(releases)
+            for find in (archive.find, lambda releases: manifest.read(manifest.find(releases) or releases)):
+                with pytest.raises(ReleaseError, match=r"cannot be read.*chmod -R a.rX") as caught:
+                    find(releases)
+                assert "\n" not in str(caught.value)
+        path.chmod(open_mode)
+        with somebody_else():
+            assert archive.find(releases)
+            assert manifest.stamp(releases) != before
 
 
 def test_without_the_link_the_newest_whole_release_is_found_and_a_torn_one_is_not(tmp_path: Path) -> None:

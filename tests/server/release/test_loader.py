@@ -22,7 +22,7 @@ from server.chat import Finish, Usage
 from server.engines.embedded import EmbeddedEngine
 from server.errors import ReleaseError
 from server.manifest import Release
-from server.release import cli
+from server.release import cli, space
 from server.release.loader import Host, Loader
 from server.release.state import State, Wanted
 from server.settings import Settings
@@ -177,6 +177,17 @@ async def test_a_disk_without_room_for_ollamas_copy_is_said_before_anything_is_s
     with pytest.raises(ReleaseError, match=r"does not fit on disk .*Ollama's copy 1152921504\.6 GB"):
         await Loader(chosen, store, shop.said.append).load(shop.add(SECOND))
     assert store.steps == [] and not shop.state.path.exists()
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 60])
+async def test_a_limit_above_what_the_machine_has_free_does_not_count_where_the_engine_runs_on_it(shop: Shop, limit: int) -> None:
+    chosen = {"engine": "ollama", "ollama_url": "http://ollama:11434", "engine_memory_bytes": limit}
+    release = manifest.read(shop.add(SECOND))
+    slots = space.machine_memory() // space.need(release, 1).cache  # contexts alone then fill it
+    elsewhere = shop.scripted(Store(shop.state, lacking=1), slots=min(slots, 10_000), **chosen)
+    with pytest.raises(ReleaseError, match="of the engine's memory"):
+        await shop.scripted(Store(shop.state, lacking=1), slots=min(slots, 10_000), engine_here=True, **chosen).load(shop.releases / SECOND)
+    await elsewhere.load(shop.releases / SECOND)
 
 
 async def test_the_loaders_own_model_is_out_of_memory_before_gateways_hear_of_it(shop: Shop) -> None:

@@ -11,6 +11,7 @@ from server.errors import ReleaseError
 from server.manifest import Release
 from server.release import cli, gguf, space
 from server.release.gguf import Shape
+from server.release.state import Entry, State, Wanted
 
 TWELVE = Shape(num_layers=48, num_kv_heads=8, key_length=256, value_length=256, window=1024, vocab_size=262_208)
 
@@ -64,6 +65,20 @@ def test_a_containers_memory_is_the_models_and_room_for_ollama(release: Release,
     needed = space.need(release, 1)
     assert int(capsys.readouterr().out) == needed.total + space.BESIDE_BYTES
     assert needed.weights == release.gguf.stat().st_size and needed.total == sum(needed)
+
+
+def test_the_limit_is_enough_for_the_wanted_release_where_the_newest_is_smaller(
+    release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    larger = replace(
+        release, manifest=release.manifest.model_copy(update={"prompt": release.manifest.prompt.model_copy(update={"num_ctx": 8192})})
+    )
+    entry = Entry(directory=larger.directory, digest="", manifest=larger.manifest, probes=())
+    State(tmp_path).write(Wanted(engine="ollama", live=entry))
+    assert cli.main(["memory", "--releases", str(release.directory), "--state", str(tmp_path)]) == 0
+    assert (
+        int(capsys.readouterr().out) == space.need(larger, 1).total + space.BESIDE_BYTES > space.need(release, 1).total + space.BESIDE_BYTES
+    )
 
 
 def test_memory_that_does_not_suffice_is_one_line_with_every_term(release: Release) -> None:
