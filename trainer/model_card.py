@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Literal, NamedTuple
 
-from trainer import progress
+from trainer import progress, terms
 from trainer.facts import ExportFacts, PrepareFacts, TrainFacts
-from trainer.manifest import Manifest
+from trainer.manifest import Licence, Manifest
 
 What = Literal["gguf", "adapter"]
 
@@ -48,8 +48,14 @@ def card(run: Run, repository: str, what: What) -> str:
         "## Evaluation\n\n" + _evaluation(run),
         "## Verification\n\n" + _verification(run),
     ]
-    parts += ["## Licence\n\n" + "\n\n".join(f"{item.notice} ({item.name}: <{item.url}>)" for item in run.manifest.licences)]
+    parts += ["## Licence\n\n" + "\n\n".join(f"{item.notice} ({item.name}: <{item.url}>)" for item in licences(run, what))]
     return "\n\n".join(parts) + "\n"
+
+
+def licences(run: Run, what: What) -> tuple[Licence, ...]:
+    """The release's, which speak of a merged model; of the adapter alone something else is true."""
+    instead = {terms.GEMMA.name: terms.ADAPTER} if what == "adapter" else {}
+    return tuple(instead.get(item.name, item) for item in run.manifest.licences)
 
 
 def _head(run: Run, what: What) -> str:

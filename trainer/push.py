@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from trainer import artifacts, model_card, progress
+from trainer import artifacts, model_card, progress, terms
 from trainer.artifacts import Artifact, Hashes
 from trainer.config import Config, load, presets
 from trainer.errors import ArtifactError
@@ -22,6 +22,9 @@ from trainer.model_card import Run, What
 
 F = TypeVar("F", bound=Facts)
 Files = Mapping[str, Path | bytes]
+
+TERMS = "GEMMA_TERMS.txt"
+"""A copy of Gemma's terms, which they ask whoever passes a model on to give with it. Trinity has none: their text is Google's."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     repository: str = options.repository
     upload.check_name(repository)
     run, files = contents(cfg, repository, what)
+    if options.terms:
+        files = {**files, TERMS: _terms(options.terms)}
     progress.say(listing(repository, files, public=options.public))
     if not options.dry_run:
         print(upload.send(repository, files, private=not options.public, message=f"{run.manifest.release}: {what}"))
@@ -48,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as it was trained; run.name, paths.output")
     made.add_argument("--what", choices=("gguf", "adapter"), default="gguf", help="the release with its GGUF, or PEFT's adapter alone")
     made.add_argument("--public", action="store_true", help="a new repository is private otherwise")
+    made.add_argument("--terms", type=Path, metavar="FILE", help=f"your copy of {terms.GEMMA.url}, sent along as {TERMS}")
     made.add_argument("--dry-run", action="store_true", help="list what would be sent, and ask nobody")
     return made
 
@@ -79,7 +85,7 @@ def contents(cfg: Config, repository: str, what: What) -> tuple[Run, Files]:
     return run, {
         **files,
         "README.md": model_card.card(run, repository, what).encode(),
-        "LICENSES.txt": release / "LICENSES.txt",
+        "LICENSES.txt": terms.text(model_card.licences(run, what)).encode(),
     }
 
 
@@ -108,6 +114,12 @@ def _adapter(folder: Path, run: Run) -> Files:
     return {"adapter_config.json": text.encode(), "adapter_model.safetensors": folder / "adapter_model.safetensors"}
 
 
+def _terms(path: Path) -> Path:
+    if not path.is_file() or not path.stat().st_size:
+        raise ArtifactError(f"--terms {path}: no such file, or an empty one; save the text of {terms.GEMMA.url} there")
+    return path
+
+
 def listing(repository: str, files: Files, *, public: bool) -> str:
     sizes = {name: len(source) if isinstance(source, bytes) else source.stat().st_size for name, source in sorted(files.items())}
     lines = [f"push: {repository} ({'PUBLIC' if public else 'private'}), {sum(sizes.values()) / 1e6:,.1f} MB in {len(sizes)} files"]
@@ -116,4 +128,6 @@ def listing(repository: str, files: Files, *, public: bool) -> str:
         lines.append(
             "  probes.jsonl and manifest.json can be read by everybody; the first holds some of your held-out questions and their answers"
         )
+    if public and TERMS not in sizes:
+        lines.append(f"  Gemma's terms ask you to give a copy of them along: save {terms.GEMMA.url} as text, and name it with --terms FILE")
     return "\n".join(lines)

@@ -212,6 +212,31 @@ def test_a_private_push_never_lands_in_a_public_repository(pushing: Pushing, sit
     assert code == 2 and "PUBLIC=1" in said and not site.files
     code, said = pushing.run("ada/cron", "--public")
     assert code == 0 and "held-out questions" in said and "manifest.json" in site.files["ada/cron"]
+    assert "ask you to give a copy of them along" in said
+
+
+def test_a_copy_of_gemmas_terms_goes_along_where_one_is_named(pushing: Pushing, site: Site, tmp_path: Path) -> None:
+    terms = tmp_path / "terms.txt"
+    code, said = pushing.run("ada/cron", "--terms", str(terms))
+    assert code == 2 and "no such file" in said and not site.files
+    terms.write_text("as Google wrote them", encoding="utf-8")
+    code, said = pushing.run("ada/cron", "--public", "--terms", str(terms))
+    assert code == 0 and "give a copy of them along" not in said
+    assert site.files["ada/cron"]["GEMMA_TERMS.txt"] == b"as Google wrote them"
+
+
+def test_what_is_said_of_the_model_is_true_of_what_is_pushed(whole: Path) -> None:
+    said: dict[model_card.What, tuple[str, str]] = {
+        "gguf": ("merged and quantised", "an adapter that"),
+        "adapter": ("an adapter that was trained on Gemma", "merged"),
+    }
+    for what, (true, false) in said.items():
+        _, files = contents(whole, what)
+        for name in ("README.md", "LICENSES.txt"):
+            text = files[name]
+            assert isinstance(text, bytes)
+            told = text.decode().partition("## Licence")[2] or text.decode()
+            assert true in told and false not in told and "ai.google.dev/gemma/terms" in told, (what, name)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def run(cfg: Config, inputs: Inputs, out: Path) -> ReleaseFacts:
     manifest = _named(_manifest(cfg, inputs, files), cfg.run.name)
     for path in (gguf, source, probes):
         artifacts.link_or_copy(path, out / path.name)
-    (out / "LICENSES.txt").write_text(_licences(), encoding="utf-8")
+    (out / "LICENSES.txt").write_text(terms.text((terms.GEMMA, terms.MIT)), encoding="utf-8")
     text = manifest.model_dump_json(indent=2) + "\n"
     # Last, and flushed with the directory: a server takes what has a manifest for whole.
     artifacts.write_whole(out / "manifest.json", text.encode())
@@ -113,7 +113,3 @@ def _parity(verified: VerifyFacts) -> Parity:
 def _file(path: Path) -> File:
     data = path.read_bytes()
     return File(path=path.name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _licences() -> str:
-    return "\n".join(f"{licence.name} ({licence.applies_to}): {licence.url}\n{licence.notice}\n" for licence in (terms.GEMMA, terms.MIT))
