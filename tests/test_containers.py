@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from server.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = (ROOT / "compose.yaml").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "docker" / ".env.example").read_text(encoding="utf-8")
@@ -29,3 +31,11 @@ def test_every_variable_of_the_compose_file_is_explained_with_its_default() -> N
 
 def test_only_the_gateway_publishes_a_port_and_on_the_loopback() -> None:
     assert re.findall(r"ports:.*", COMPOSE) == ['ports: ["${TRINITY_ADDRESS:-127.0.0.1}:${TRINITY_PORT:-8080}:${TRINITY_PORT:-8080}"]']
+
+
+def test_every_setting_of_the_gateway_can_stand_in_env() -> None:
+    """But for where things lie in the container, and for engines that do not run there."""
+    elsewhere = {"config", "releases", "state", "keys", "ollama_models", "engine_models", "threads", "start_timeout_s"}
+    elsewhere |= {name for name in Settings.model_fields if name.startswith("openai_")}
+    named = {name.lower() for name in re.findall(r"^ +TRINITY_(\w+):", COMPOSE, flags=re.MULTILINE)}
+    assert named == set(Settings.model_fields) - elsewhere

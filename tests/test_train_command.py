@@ -28,7 +28,8 @@ class Machine:
         self.folder = folder / "repository"
         self._bin = folder / "bin"
         (self.folder / "docker").mkdir(parents=True)
-        shutil.copy(ROOT / "docker" / "train", self.folder / "docker")
+        for name in ("train", "cards"):
+            shutil.copy(ROOT / "docker" / name, self.folder / "docker")
         self._add(self.folder / "requirements" / "setup.sh", SETUP)
         self._add(self.folder / ".venv" / "bin" / "python", PYTHON)
         self._add(self._bin / "docker", DOCKER)

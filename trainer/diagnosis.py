@@ -281,18 +281,19 @@ def compose(said: Said) -> Line:
     return Line("compose", "ok", version[0])
 
 
-def gpu_runtime(info: Said, cards: Collection[Card]) -> Line:
-    """Whether containers can have the card. From `docker info --format '{{json .}}'`: a runtime called nvidia, or CDI devices."""
+def gpu_runtime(info: Said, cards: Collection[Card], hook: bool) -> Line:
+    """Whether containers can have the card, as docker/cards asks: a runtime called nvidia in `docker info --format '{{json .}}'`, or
+    NVIDIA's hook (`hook`). CDI devices alone do not suffice: the compose files name the driver nvidia."""
     tree = _json(info.out)
     devices = [str(one.get("ID", "")) for one in tree.get("DiscoveredDevices") or () if isinstance(one, dict)]
-    has = "nvidia" in (tree.get("Runtimes") or {}) or any(name.startswith("nvidia.com/gpu") for name in devices)
-    if has:
+    if hook or "nvidia" in (tree.get("Runtimes") or {}):
         return Line("gpu runtime", "ok", "containers can have the card" if cards else "nvidia, and no card")
     if not cards:
         return Line("gpu runtime", "ok", "none, and no card")
     if not tree.get("ServerVersion"):
         return Line("gpu runtime", "warn", "not known: Docker does not answer", "see docker")
-    return Line("gpu runtime", "warn", "Docker knows no nvidia runtime: containers see no card", TOOLKIT)
+    cdi = " (CDI alone is not what compose.yaml asks for)" if any(name.startswith("nvidia.com/gpu") for name in devices) else ""
+    return Line("gpu runtime", "warn", f"Docker knows no nvidia runtime: containers see no card{cdi}", TOOLKIT)
 
 
 def wanted_cuda(dockerfile: str) -> tuple[int, int] | None:

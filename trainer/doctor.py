@@ -141,7 +141,7 @@ def look(needs: Needs, environment: Mapping[str, str]) -> list[Line]:
             diagnosis.disk(places(needs), needs.preset),
             diagnosis.docker(info.result()),
             diagnosis.compose(told.result()),
-            diagnosis.gpu_runtime(info.result(), cards),
+            diagnosis.gpu_runtime(info.result(), cards, bool(shutil.which("nvidia-container-runtime-hook"))),
             diagnosis.gpu_container(trial.result(), diagnosis.wanted_cuda(_text(ROOT / "docker" / "trainer.Dockerfile")), cards),
             diagnosis.ollama(ollama.result(), ports.result()[1]),
             *ports.result()[0],

@@ -195,14 +195,15 @@ def test_compose_has_a_least_version(out: str, status: str) -> None:
     assert diagnosis.compose(Said(0, out)).status == status
 
 
-def test_containers_get_the_card_from_a_runtime_or_from_cdi() -> None:
-    assert diagnosis.gpu_runtime(Said(0, TOOLKIT), [T4]).status == "ok"
-    assert diagnosis.gpu_runtime(Said(0, CDI), [T4]).status == "ok"
-    missing = diagnosis.gpu_runtime(Said(0, NO_TOOLKIT), [T4])
+def test_containers_get_the_card_from_a_runtime_or_the_hook_and_not_from_cdi_alone() -> None:
+    assert diagnosis.gpu_runtime(Said(0, TOOLKIT), [T4], False).status == "ok"
+    assert diagnosis.gpu_runtime(Said(0, NO_TOOLKIT), [T4], True).status == "ok"
+    assert "CDI alone" in diagnosis.gpu_runtime(Said(0, CDI), [T4], False).found
+    missing = diagnosis.gpu_runtime(Said(0, NO_TOOLKIT), [T4], False)
     assert missing.status == "warn"
     assert "nvidia-container-toolkit" in missing.remedy
-    assert diagnosis.gpu_runtime(Said(0, NO_TOOLKIT), []).status == "ok"
-    assert diagnosis.gpu_runtime(Said(None), [T4]).status == "warn"
+    assert diagnosis.gpu_runtime(Said(0, NO_TOOLKIT), [], False).status == "ok"
+    assert diagnosis.gpu_runtime(Said(None), [T4], False).status == "warn"
 
 
 def test_a_container_refused_for_an_old_driver_is_named_with_both_ways_out() -> None:
