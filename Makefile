@@ -6,7 +6,9 @@ DATA ?=
 ARGS ?=
 PY := .venv/bin/python
 TRAINER := $(PY) -m trainer
-WITH := --preset $(PRESET) $(if $(DATA),--set data.path=$(DATA)) $(ARGS)
+# What stands between apostrophes: a name may hold blanks and apostrophes.
+QUOTED := $(subst ','\'',$(DATA))
+WITH := --preset $(PRESET) $(if $(DATA),--set 'data.path=$(QUOTED)') $(ARGS)
 
 .PHONY: help doctor pin setup setup-server lock check check-locks format test test-gpu e2e soak soak-fresh demo bench-demo bench-gpu smoke-t4 plan train report push serve key clean release up down logs chat smoke
 
@@ -30,7 +32,7 @@ plan: setup  ## say whether a run of PRESET fits its card, term by term
 	@$(TRAINER) plan $(WITH)
 
 train:  ## the whole way with PRESET and DATA: on this host, else in a container; IN=host or IN=container decides it
-	@IN=$(IN) docker/train $(PRESET) "$(DATA)" $(ARGS)
+	@IN=$(IN) docker/train $(PRESET) '$(QUOTED)' $(ARGS)
 
 report: setup  ## bring PRESET's report.html up to date
 	@$(TRAINER) report $(WITH)

@@ -299,6 +299,18 @@ def test_another_environment_is_refused(machine: Machine) -> None:
     assert "'sever'" in done.stderr
 
 
+@pytest.mark.parametrize("target", ["plan", "train"])
+def test_records_whose_name_holds_blanks_and_an_apostrophe_arrive_as_one_word(target: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in (".venv/bin/python", "requirements/setup.sh", "docker/train"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#!/usr/bin/env bash\nprintf '<%s>' \"$@\"\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "-s", target, "DATA=ada's own file.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert ("<data.path=ada's own file.json>" if target == "plan" else "<ada's own file.json>") in done.stdout
+
+
 def test_every_make_target_has_a_line_of_help() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
     makefile = (ROOT / "Makefile").read_text()
