@@ -6,11 +6,13 @@ The tests of this file go on from one another, in their order.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 from collections.abc import Iterator
 
@@ -51,6 +53,10 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     deployment = Deployment(tmp_path_factory.mktemp("deployment") / "gguf")
     deployment.releases.mkdir()
     deployment.compose("down", "--volumes")
+    before = deployment.image()
+    deployment.compose("build", "--quiet", "loader", "gateway")
+    if before not in ("", deployment.image()):
+        subprocess.run(["docker", "rmi", before], capture_output=True)
     yield deployment
     deployment.http.close()
     deployment.make("down", "ARGS=--volumes")
@@ -116,8 +122,17 @@ def test_only_the_gateway_can_be_reached_and_only_with_a_key(compose: Deployment
         assert json.loads(compose.aside("--network", network, program=REACHES, words=(address, "11434"))) != "reached"
     assert compose.python("loader", REACHES, address, "11434") == "reached", "the same question from inside"
     assert docker("network", "inspect", "--format", "{{.Internal}}", f"{PROJECT}_engine").strip() == "true", "no way out"
+    assert httpx2.get(f"http://{address}:11434/api/version", trust_env=False).status_code == 200, "the host itself gets in, as the docs say"
     wrong = {"Authorization": "Bearer tr-wrong"}
     assert httpx2.post(f"{compose.url}/chat", json={"message": "Hi"}, headers=wrong, trust_env=False).status_code == 401
+
+
+def test_the_servers_image_is_small(compose: Deployment) -> None:
+    base = os.environ.get("BASE_IMAGE") or "python:3.13-slim-bookworm"
+    if "BASE_IMAGE" not in os.environ:
+        docker("pull", "--quiet", base)  # BuildKit keeps it to itself
+    whole, below = (int(docker("image", "inspect", "--format", "{{.Size}}", name)) for name in (f"{PROJECT}-server", base))
+    assert 0 < whole - below < 250e6
 
 
 def test_every_container_is_confined(compose: Deployment) -> None:
@@ -165,8 +180,15 @@ def test_a_second_release_takes_over_without_a_failed_request(compose: Deploymen
 def test_a_rollback_stays_and_a_backup_holds_what_cannot_be_made_again(compose: Deployment, demo_release: Release) -> None:
     compose.compose("exec", "-T", "loader", "python", "-m", "server", "release", "rollback")
     compose.wait_for(demo_release.model)
-    command = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "sh", "loader", "-c", "tar -C output/state -c . | tar -t")
-    assert {"./keys.json", "./release.json"} <= set(compose.compose(*command).splitlines())
+    tar = ["docker/compose", "run", "--rm", "--no-deps", "-T", "--entrypoint", "tar", "loader", "-C", "output/state"]
+    kept = compose.piped(*tar, "-c", ".")
+    with tarfile.open(fileobj=io.BytesIO(kept)) as file:
+        assert {"./keys.json", "./release.json"} <= set(file.getnames())
+    lost = compose.compose("exec", "-T", "loader", "sh", "-c", "rm output/state/keys.json output/state/release.json; ls output/state")
+    assert "json" not in lost
+    compose.piped(*tar, "-x", given=kept)
+    compose.wait_for(demo_release.model)
+    assert compose.chat("Every weekday at 07:30")["model"] == demo_release.model, "the same key opens it again"
 
 
 def test_down_and_up_keep_model_and_keys_even_where_the_releases_are_gone(compose: Deployment, demo_release: Release) -> None:

@@ -55,6 +55,17 @@ class Deployment:
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def piped(self, *command: str, given: bytes = b"") -> bytes:
+        """The bytes that it printed, with `given` on its stdin."""
+        done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, input=given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def image(self) -> str:
+        """The server image's id; empty where there is none."""
+        command = ["docker", "image", "inspect", "--format", "{{.Id}}", f"{PROJECT}-server"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     def said(self, service: str) -> list[str]:
         return [line for line in self.compose("logs", "--no-log-prefix", service).splitlines() if line]
 
@@ -97,9 +108,9 @@ class Deployment:
         link.replace(self.releases / "current")
 
     def kill_main_process(self, service: str) -> None:
-        """By its number on the host, from a container that sees the host's processes: `docker kill` would count as wanted."""
+        """Not Docker's init, whose child it is, and from a container that sees the host's processes: `docker kill` would count as wanted."""
         number = str(self.inspect(service)["State"]["Pid"])
-        program = "import os, sys; os.kill(int(sys.argv[1]), 9)"
+        program = "import os, sys; os.kill(int(open('/proc/{0}/task/{0}/children'.format(sys.argv[1])).read().split()[0]), 9)"
         self.aside("--pid", "host", "--user", "0", program=program, words=(number,))
 
     def aside(self, *flags: str, program: str, words: tuple[str, ...] = ()) -> str:
