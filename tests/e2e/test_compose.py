@@ -54,7 +54,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     deployment.releases.mkdir()
     deployment.compose("down", "--volumes")
     before = deployment.image()
-    deployment.compose("build", "--quiet", "loader", "gateway")
+    deployment.compose("build", "--quiet", "gateway")
     if before not in ("", deployment.image()):
         subprocess.run(["docker", "rmi", before], capture_output=True)
     yield deployment
