@@ -45,11 +45,9 @@ class Trainer:
         self._compose = shlex.split(os.environ.get("COMPOSE") or "docker compose")
         self._environment = clean_environment(
             COMPOSE_PROJECT_NAME=PROJECT,
-            TRINITY_TRAINER_IMAGE=PROJECT,
             TRINITY_OUTPUT=str(self.output),
             TRINITY_UID=str(CALLER),
             TRINITY_GID=str(os.getgid()),
-            TRAINER_LOCK="demo",
             BUILD_NETWORK="host",
             **({"TRAINER_BASE_IMAGE": os.environ["BASE_IMAGE"]} if "BASE_IMAGE" in os.environ else {}),
         )
@@ -66,6 +64,14 @@ class Trainer:
     def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True)
 
+    def build(self, name: str, lock: str) -> None:
+        """The image `name` brought up to date: layers of unchanged docker/ and requirements/ come from Docker's cache."""
+        earlier, self._environment = image(name), {**self._environment, "TRINITY_TRAINER_IMAGE": name, "TRAINER_LOCK": lock}
+        built = self.compose("build", "trainer")
+        assert built.returncode == 0, built.stdout + built.stderr
+        if earlier not in ("", image(name)):  # it would keep gigabytes
+            subprocess.run(["docker", "rmi", earlier], capture_output=True)
+
     def run(self, *words: str, entrypoint: str = "", offline: bool = False) -> subprocess.CompletedProcess[str]:
         instead = ["--entrypoint", entrypoint] if entrypoint else []
         return self.compose("run", "--rm", "--no-TTY", *instead, "trainer", *words, offline=offline)
@@ -77,24 +83,21 @@ class Trainer:
         ).stdout
 
 
-def image() -> str:
-    """The built image's id; empty where there is none."""
-    command = ["docker", "image", "inspect", "--format", "{{.Id}}", PROJECT]
+def image(name: str) -> str:
+    """A built image's id; empty where there is none."""
+    command = ["docker", "image", "inspect", "--format", "{{.Id}}", name]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
 def trainer() -> Iterator[Trainer]:
-    """The image is brought up to date first: layers of unchanged docker/ and requirements/ are taken from Docker's cache."""
+    """Both of its locks are built, so that neither breaks unseen; the last is run, since the other one is for cards."""
     if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
         absent("no Docker engine answers: start one, or name it in DOCKER_HOST")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own lie where only root may look
         service = Trainer(Path(folder))
-        earlier = image()
-        built = service.compose("build", "trainer")
-        assert built.returncode == 0, built.stdout + built.stderr
-        if earlier not in ("", image()):  # it would keep 7 GB
-            subprocess.run(["docker", "rmi", earlier], capture_output=True)
+        for name, lock in ((f"{PROJECT}-whole", "trainer"), (PROJECT, "demo")):
+            service.build(name, lock)
         yield service
         service.compose("down", "--volumes")
 
