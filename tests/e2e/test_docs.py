@@ -22,7 +22,7 @@ import pytest
 
 from server.manifest import Release
 from tests.docs_commands import run_here
-from tests.server.real import ROOT, OllamaProcess, absent, clean_environment, free_port
+from tests.server.real import ROOT, OllamaProcess, absent, clean_environment, free_port, link_or_copy
 
 pytestmark = pytest.mark.e2e
 
@@ -40,7 +40,7 @@ class Checkout:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
         (folder / ".venv").symlink_to(ROOT / ".venv")
-        shutil.copytree(release.directory, folder / "output" / "gguf" / release.manifest.release, copy_function=os.link)
+        shutil.copytree(release.directory, folder / "output" / "gguf" / release.manifest.release, copy_function=link_or_copy)
         self.port = free_port()
         self.make_current(release.manifest.release)
 
@@ -108,7 +108,7 @@ def test_a_stage_that_is_up_to_date_is_done_at_once_and_a_push_lists_its_files(c
     if not (runs / "gemma3-270m-cpu").is_dir():
         absent("no run beside the release: run `make demo` first")
     name = "gemma3-270m-cpu"
-    shutil.copytree(runs / name, checkout.folder / "output" / "runs" / name, copy_function=os.link)
+    shutil.copytree(runs / name, checkout.folder / "output" / "runs" / name, copy_function=link_or_copy)
     for command in run_here(".venv/bin/python -m trainer export"):
         assert "export: up to date" in checkout.run(command)
     for command in run_here("make push REPO=ada/cron-gemma DRY=1"):  # the 12B was not trained here
@@ -150,7 +150,7 @@ def test_every_way_to_serve_serves(checkout: Checkout, ollama_process: OllamaPro
 def test_releases_are_loaded_listed_watched_and_rolled_back(checkout: Checkout, demo_release: Release) -> None:
     first, second = demo_release.manifest.release, "second-0123456789ab"
     folder = checkout.folder / "output" / "gguf"
-    shutil.copytree(folder / first, folder / second, copy_function=os.link)
+    shutil.copytree(folder / first, folder / second, copy_function=link_or_copy)
     manifest = json.loads((folder / second / "manifest.json").read_text(encoding="utf-8"))
     (folder / second / "manifest.json").unlink()
     (folder / second / "manifest.json").write_text(json.dumps(manifest | {"release": second}), encoding="utf-8")

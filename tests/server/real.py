@@ -41,6 +41,14 @@ def describe(path: Path) -> dict[str, Any]:
     return {"path": path.name, "num_bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """For shutil.copytree: a temporary directory may lie on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_release(directory: Path, probes: Sequence[Mapping[str, Any]], **prompt: Any) -> Path:
     """A release around the files in `directory` (model.gguf must lie there), after the golden manifest."""
     manifest = json.loads((CONTRACT / "manifest.json").read_text(encoding="utf-8"))

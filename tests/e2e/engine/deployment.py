@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 
 from server.manifest import Release
-from tests.server.real import ROOT, absent, clean_environment, free_port, ollama_binary
+from tests.server.real import ROOT, absent, clean_environment, free_port, link_or_copy, ollama_binary
 
 PROJECT = "trinity-e2e"
 
@@ -102,7 +102,7 @@ class Deployment:
 
     def expose(self, release: Release) -> None:
         """As the trainer does: a directory of its own, then the link."""
-        shutil.copytree(release.directory, self.releases / release.manifest.release, copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(release.directory, self.releases / release.manifest.release, copy_function=link_or_copy, dirs_exist_ok=True)
         link = self.releases / "current.new"
         link.symlink_to(release.manifest.release)
         link.replace(self.releases / "current")
@@ -148,10 +148,3 @@ def _ollama_image(base: str | None) -> str:
     prefix = Path(binary).resolve().parents[1]
     docker("build", "--quiet", "--tag", name, "--build-arg", f"BASE_IMAGE={base}", "--file", str(file), str(prefix))
     return name
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
