@@ -178,7 +178,7 @@ async def pairs(direct: Way, through: Sequence[Way], num: int, tokens: int) -> l
     return metrics
 
 
-def throughput(direct: Way, through: tuple[Way, Way], work: dict[str, Any], rounds: int = 5) -> Measured:
+def throughput(direct: Way, through: tuple[Way, Way], work: dict[str, Any], rounds: int = 3) -> Measured:
     """Answers of ANSWER_TOKENS; every client asks twice a round. The rounds of the ways alternate, the first of each warms up."""
     found: list[list[float]] = [[], [], []]
     for _ in range(rounds + 1):
