@@ -47,8 +47,10 @@ FIXED_S = 0.02
 """First token of the fake engine in case fixed."""
 T = TypeVar("T")
 PROMPT = "The capital of France is"
+LONG = "a b c d e f g " * 20
+"""What the untrained model goes on with for about a hundred tokens; it answers PROMPT with six, where a first token is a quarter of the time."""
 ANSWER_TOKENS = 128
-"""Of an answer whose tokens per second are measured; a first token, which has figures of its own, weighs little in it."""
+"""At most, of an answer to LONG."""
 BARE = f"bare relay, fastapi {fastapi.__version__}"
 
 
@@ -179,21 +181,24 @@ async def pairs(direct: Way, through: Sequence[Way], num: int, tokens: int) -> l
 
 
 def throughput(direct: Way, through: tuple[Way, Way], work: dict[str, Any], rounds: int = 3) -> Measured:
-    """Answers of ANSWER_TOKENS; every client asks twice a round. The rounds of the ways alternate, the first of each warms up."""
-    found: list[list[float]] = [[], [], []]
+    """Long answers, one a client and round. The rounds of the ways alternate, the first of each warms up."""
+    found: list[list[tuple[float, float]]] = [[], [], []]
     for _ in range(rounds + 1):
         for speeds, way in zip(found, (direct, *through), strict=True):
             speeds.append(asyncio.run(tokens_per_s(way, work["clients"])))
-    engine, *others = (statistics.median(speeds[1:]) for speeds in found)
-    for who, speed in zip(("ours", BARE), others, strict=True):
+    engine, *others = (statistics.median(speed for speed, _ in speeds[1:]) for speeds in found)
+    lengths = [statistics.median(length for _, length in speeds[1:]) for speeds in found]
+    for who, speed, length in zip(("ours", BARE), others, lengths[1:], strict=True):
         metrics = {"tokens_per_s": speed, "direct_tokens_per_s": engine, "relative_tokens_per_s": speed / engine}
-        yield who, {**work, "answer_tokens": ANSWER_TOKENS}, metrics
+        yield who, work, {**metrics, "answer_tokens": length, "direct_answer_tokens": lengths[0]}
 
 
-async def tokens_per_s(way: Way, clients: int) -> float:
+async def tokens_per_s(way: Way, clients: int) -> tuple[float, float]:
+    """Of all clients together, and the tokens of an answer."""
     start = time.perf_counter()
-    seen = await _together(way, clients, lambda client: _several(client, 2, ANSWER_TOKENS))
-    return sum(one.tokens for many in seen for one in many) / (time.perf_counter() - start)
+    seen = await _together(way, clients, lambda client: client.ask(LONG, ANSWER_TOKENS))
+    total = sum(one.tokens for one in seen)
+    return total / (time.perf_counter() - start), total / clients
 
 
 async def rush(way: Way, clients: int, tokens: int, pids: Sequence[int]) -> dict[str, float]:
@@ -228,10 +233,6 @@ async def crowd(gateway: Gateway, clients: int, tokens: int, seconds: float) -> 
 
 def _whole(seen: Seen, tokens: int) -> bool:
     return seen.in_order and seen.ended and seen.tokens == tokens
-
-
-async def _several(client: Client, times: int, tokens: int) -> list[Seen]:
-    return [await client.ask(PROMPT, tokens) for _ in range(times)]
 
 
 async def _together(way: Way, clients: int, work: Callable[[Client], Awaitable[T]]) -> list[T]:
