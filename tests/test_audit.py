@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.local_site import serving, url
 from tests.server.real import absent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ BAD = {"jinja2==2.10": "2.11"}
 def osv(known: dict[str, str]) -> Iterator[str]:
     """A server that knows one hole in each name==version of `known`, mended in the version beside it."""
 
-    class Answers(http.server.BaseHTTPRequestHandler):
+    class Answers(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             name = asked["package"]["name"]
@@ -38,13 +38,8 @@ def osv(known: dict[str, str]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Tests print nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1/query"
-        server.shutdown()
+    with serving(Answers) as server:
+        yield f"{url(server)}/v1/query"
 
 
 def hole(name: str, fixed: str) -> dict[str, Any]:

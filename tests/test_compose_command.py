@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.scripted_machine import ScriptedMachine
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = """#!/usr/bin/env bash
@@ -26,22 +27,12 @@ esac
 SAYS = '#!/usr/bin/env bash\necho "$0 $*"\n'
 
 
-class Machine:
+class Machine(ScriptedMachine):
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "repository"
-        self.bin = folder / "bin"
+        super().__init__(folder)
         shutil.copytree(ROOT / "docker", self.folder / "docker")
         (self.folder / ".env").write_text("TRINITY_PORT=9123\n")
         self.add(self.bin / "docker", DOCKER)
-
-    def add(self, path: Path, text: str = "#!/bin/sh\n") -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-
-    def run(self, command: str, *words: str, search: str = os.environ["PATH"], **environment: str) -> subprocess.CompletedProcess[str]:
-        path = f"{self.bin}:{search}"
-        return subprocess.run([self.folder / "docker" / command, *words], env={"PATH": path} | environment, capture_output=True, text=True)
 
     def up(self, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run("compose", "up", **environment)

@@ -8,14 +8,16 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from tests.local_site import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = b'{"schemaVersion": 2}'
@@ -44,7 +46,7 @@ name = "trinity"
 """
 
 
-class Registry(http.server.BaseHTTPRequestHandler):
+class Registry(BaseHTTPRequestHandler):
     """/v2 wants an anonymous token for the repository asked about; /api is the hub. `quirks` of the server say what else is wrong."""
 
     def do_HEAD(self) -> None:
@@ -77,9 +79,6 @@ class Registry(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(data)
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Tests print nothing."""
-
 
 class Checkout:
     def __init__(self, root: Path, server: http.server.HTTPServer) -> None:
@@ -105,11 +104,9 @@ class Checkout:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Iterator[Checkout]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+    with serving(Registry) as server:
         server.quirks = {}  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield Checkout(tmp_path, server)
-        server.shutdown()
 
 
 def test_what_has_no_pin_is_named_without_asking_anybody(checkout: Checkout) -> None:

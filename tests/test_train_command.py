@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.scripted_machine import ScriptedMachine
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = "#!/usr/bin/env bash\nexit ${SETUP_ENDS_WITH:-0}\n"
@@ -23,29 +24,21 @@ esac
 CARD = "#!/usr/bin/env bash\n"
 
 
-class Machine:
+class Machine(ScriptedMachine):
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "repository"
-        self._bin = folder / "bin"
+        super().__init__(folder)
         (self.folder / "docker").mkdir(parents=True)
         for name in ("train", "cards"):
             shutil.copy(ROOT / "docker" / name, self.folder / "docker")
-        self._add(self.folder / "requirements" / "setup.sh", SETUP)
-        self._add(self.folder / ".venv" / "bin" / "python", PYTHON)
-        self._add(self._bin / "docker", DOCKER)
+        self.add(self.folder / "requirements" / "setup.sh", SETUP)
+        self.add(self.folder / ".venv" / "bin" / "python", PYTHON)
+        self.add(self.bin / "docker", DOCKER)
 
     def has_a_card(self) -> None:
-        self._add(self._bin / "nvidia-smi", CARD)
-
-    def _add(self, path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
+        self.add(self.bin / "nvidia-smi", CARD)
 
     def train(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        search = f"{self._bin}:{os.environ['PATH']}"
-        command = [str(self.folder / "docker" / "train"), *words]
-        return subprocess.run(command, env={"PATH": search} | environment, capture_output=True, text=True)
+        return self.run("train", *words, **environment)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
@@ -10,14 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.local_site import serving, url
 from trainer import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +26,7 @@ NAMES = [
 ]
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
     """Answers as the model hub does: a gated model's page is everybody's, its files are not."""
 
     def do_GET(self) -> None:
@@ -44,16 +43,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Tests print nothing."""
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Hub) as server:
+        yield url(server)
 
 
 def asked(name: str, cache: Path, **environment: str) -> str:

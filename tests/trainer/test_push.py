@@ -10,16 +10,16 @@ import re
 import runpy
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server import manifest as served
+from tests.local_site import serving, url
 from trainer import model_card, push
 from trainer.config import load
 from trainer.errors import ArtifactError, PushError
@@ -136,17 +136,9 @@ def site() -> Iterator[Site]:
             self.rfile.readline()
             return data
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield here
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        here.url = url(server)
+        yield here
 
 
 @dataclass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
+from tests.local_site import serving, url
 from trainer import random_weights, shards, tokenizer
 from trainer.backends import hub
 from trainer.config import Model
@@ -88,17 +88,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
             if body:
                 self.wfile.write(data)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield here
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        here.url = url(server)
+        yield here
 
 
 def test_a_hub_model_arrives_whole_and_a_second_start_asks_nobody(site: Site, tmp_path: Path) -> None:
