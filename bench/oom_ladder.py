@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         *options.set,
     ]
     cfg = load(options.preset, settings)
-    total = card_bytes()
     with options.log.open("a", encoding="utf-8") as log:
         for cap in options.caps or caps(cfg, gemma3.read(Path(options.model) / "config.json")):
-            found = run(options.preset, settings, cap / total)
+            found = run(options.preset, settings, capped(cap))
             log.write(f"$ cap of {cap / 1e9:.2f} GB\n{found.pop('said')}{json.dumps({'cap_bytes': round(cap), **found})}\n\n")
             log.flush()
             print(json.dumps({"cap_bytes": round(cap), **found}))
@@ -67,8 +66,13 @@ def caps(cfg: Config, size: gemma3.Size) -> Iterator[float]:
             yield (above + below) / 2
 
 
-def run(preset: str, settings: Sequence[str], fraction: float) -> dict[str, Any]:
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": f"{oom.EXPANDABLE},per_process_memory_fraction:{fraction:.6f}"}
+def capped(cap_bytes: float) -> dict[str, str]:
+    """This environment, with a share of the card for torch's allocator."""
+    share = cap_bytes / card_bytes()
+    return {**os.environ, "PYTORCH_ALLOC_CONF": f"{oom.EXPANDABLE},per_process_memory_fraction:{share:.6f}"}
+
+
+def run(preset: str, settings: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "trainer", "train", "--preset", preset]
         command += [f"--set={text}" for text in (*settings, f"paths.output={output}")]

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import demo, oom_ladder, rows
-from trainer import oom
 from trainer.backends import llamacpp
 
 BENCH = "whole_run"
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if not options.resume:
         shutil.rmtree(options.output, ignore_errors=True)
-    environment = capped(options.cap_bytes)
+    environment = oom_ladder.capped(options.cap_bytes) if options.cap_bytes else dict(os.environ)
     for stage in STAGES:
         if options.resume and measured(options, stage):
             continue
@@ -97,14 +96,6 @@ def settings(options: argparse.Namespace) -> list[str]:
         *options.set,
     ]
     return [f"--set={text}" for text in forced]
-
-
-def capped(cap_bytes: int) -> dict[str, str]:
-    """This environment, with a share of the card for torch's allocator."""
-    if not cap_bytes:
-        return dict(os.environ)
-    share = cap_bytes / oom_ladder.card_bytes()
-    return {**os.environ, "PYTORCH_ALLOC_CONF": f"{oom.EXPANDABLE},per_process_memory_fraction:{share:.6f}"}
 
 
 def watched(command: Sequence[str], environment: Mapping[str, str], places: Sequence[Path]) -> tuple[int, float, Used]:
