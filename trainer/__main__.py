@@ -17,7 +17,7 @@ from types import FrameType
 
 from pydantic import BaseModel
 
-from trainer import doctor, pipeline, progress, push, terms, worker
+from trainer import pipeline, progress, terms, worker
 from trainer.config import Config, load, presets
 from trainer.errors import Interrupted, TrainerError, disk_full, read_only
 from trainer.training import card
@@ -27,10 +27,9 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if arguments[:1] == ["push"]:
-            push.main(arguments[1:])
-            return 0
+            return _push(arguments[1:])
         if arguments[:1] == ["doctor"]:
-            return doctor.main(arguments[1:], os.environ)
+            return _doctor(arguments[1:])
         options = _parser().parse_args(arguments)
         cfg = load(options.preset, options.set)
         environment = {**_environment(cfg), **_one_card(cfg)}
@@ -49,6 +48,19 @@ def main(arguments: Sequence[str]) -> int:
         print("trainer: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def _push(arguments: Sequence[str]) -> int:
+    from trainer import push
+
+    push.main(arguments)
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from trainer import doctor
+
+    return doctor.main(arguments, os.environ)
 
 
 def _told(error: TrainerError) -> int:
